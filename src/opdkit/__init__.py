@@ -1,0 +1,3 @@
+"""opdkit: the engine for on-policy distillation of language models."""
+
+__version__ = "0.1.0"

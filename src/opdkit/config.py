@@ -1,0 +1,239 @@
+"""The recipe: every setting of a run with its type, default and unit, validated before anything heavy is imported.
+
+A recipe is a YAML file; dotted overrides (`train.steps=100`) are applied on top. An unknown key fails and names the
+nearest valid one. This module must import neither torch nor transformers: `opd --help` reads it.
+"""
+
+import difflib
+from collections.abc import Iterator, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from opdkit.errors import RecipeError
+
+Positive = Annotated[int, Field(gt=0)]
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class Section(BaseModel):
+    """Base of all sections: unknown keys are errors, values are frozen after validation."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelConfig(Section):
+    path: str = Field(description="folder, Hub id, `testbed:NAME` or `smollm2:NAME`")
+    dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="parameter precision")
+    attn: str = Field("sdpa", description="attention implementation of transformers")
+    temperature: float = Field(1.0, gt=0, description="teachers only: logits are divided by it when scoring")
+
+
+class MethodConfig(Section):
+    model_config = ConfigDict(extra="allow", frozen=True)
+    name: str = Field(description="a method of `opd methods`; the other keys are that method's arguments")
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        return dict(self.model_extra or {})
+
+
+class TaskConfig(Section):
+    kind: Literal["testbed", "reasoning_gym", "file", "dataset"] = Field(description="where prompts come from")
+    name: str | None = Field(None, description="testbed or reasoning-gym task, or Hub configuration of a `dataset`")
+    path: str | None = Field(None, description="file (.jsonl, .parquet) or Hub id / folder of a `dataset`")
+    eval_path: str | None = Field(None, description="`file` only: evaluation file; otherwise eval_size rows are held out")
+    split: str = Field("train", description="`dataset` only: training split")
+    eval_split: str | None = Field(None, description="`dataset` only: evaluation split; otherwise rows are held out")
+    columns: dict[str, str] = Field({}, description="our column name -> the file's: prompt, answer, domain, system, id")
+    settings: dict[str, Any] = Field({}, description="difficulty settings of a testbed or reasoning-gym task")
+    train_size: Positive | None = Field(None, description="training problems; None = all rows (generated tasks: 10000)")
+    eval_size: Positive = Field(200, description="held-out problems")
+    seed: int = Field(0, ge=0, description="seed of generated tasks and of the hold-out; train and eval never overlap")
+    verifier: Literal["auto", "math", "exact", "none"] = Field("auto", description="auto = the task's own, else math")
+    system: str | None = Field(None, description="system prompt for rows that have none")
+    template: Literal["chat", "plain"] = Field("chat", description="chat = tokenizer's chat template; plain = raw text")
+    max_prompt_tokens: Positive = Field(1024, description="tokens; the limit for one prompt")
+    overlong: Literal["error", "drop"] = Field("error", description="what a prompt over the limit does")
+
+
+class SamplingConfig(Section):
+    group: Positive = Field(1, description="responses per prompt")
+    max_new_tokens: Positive = Field(256, description="tokens")
+    temperature: float = Field(1.0, gt=0, description="sampling and student scoring temperature (one contract)")
+    top_p: float = Field(1.0, gt=0, le=1, description="nucleus; 1 = off")
+    top_k: int = Field(0, ge=0, description="0 = off")
+    stop: list[str] = Field([], description="stop strings; the text ends with the first one found")
+    eos_ids: list[int] | None = Field(None, description="token ids that end a response; None = the model's own")
+    max_rows: Positive = Field(256, description="sequences that decode together")
+    rescore: bool = Field(False, description="score samples again with the student and log the gap to the captured log-probs")
+
+
+class OptimConfig(Section):
+    lr: float = Field(1e-5, gt=0, description="peak learning rate")
+    schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="after warm-up")
+    warmup_steps: int = Field(0, ge=0, description="steps of linear warm-up")
+    betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW")
+    eps: float = Field(1e-8, gt=0, description="AdamW")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW, matrices only")
+    grad_clip: float = Field(1.0, gt=0, description="global gradient norm")
+
+
+class TrainConfig(Section):
+    steps: Positive = Field(100, description="optimiser steps")
+    prompts_per_step: Positive = Field(16, description="prompts")
+    microbatch_tokens: Positive = Field(16384, description="prompt + response tokens of one student forward, padding included")
+    score_tokens: Positive = Field(32768, description="prompt + response tokens of one teacher forward, padding included")
+    head_chunk: Positive | None = Field(None, description="rows of logits held at once; None = chosen from the vocabulary")
+    precision: Literal["no", "bf16", "fp16"] = Field("no", description="accelerate mixed precision")
+    gradient_checkpointing: bool = Field(False, description="recompute activations in the backward pass")
+    reduction: Literal["token_mean", "seq_mean_token_mean", "seq_mean_token_sum", "seq_mean_token_sum_norm"] | None = Field(
+        None, description="overrides every term's own reduction"
+    )
+    checkpoint_every: Positive | None = Field(None, description="steps; None = only at the end")
+    keep_checkpoints: Positive = Field(2, description="newest checkpoints that stay on disk")
+
+
+class EvalConfig(Section):
+    every: Positive | None = Field(None, description="steps; None = before and after only")
+    samples: Positive = Field(1, description="responses per problem (avg@k)")
+    temperature: float = Field(1.0, ge=0, description="0 = greedy")
+    top_p: float = Field(1.0, gt=0, le=1, description="nucleus; 1 = off")
+    max_new_tokens: Positive | None = Field(None, description="tokens; None = as in training")
+    teacher: bool = Field(True, description="also evaluate the teachers once")
+    kl_prompts: int = Field(64, ge=0, description="held-out prompts for the exact reverse KL; 0 = off")
+
+
+class LogConfig(Section):
+    top_k: Positive = Field(16, description="k of overlap ratio, overlap mass and overlap-token advantage")
+    trackers: list[Literal["tensorboard", "wandb", "trackio"]] = Field(["tensorboard"], description="JSONL is always written")
+    rollouts_every: Positive = Field(25, description="steps between rollouts kept for the report's token viewer")
+    rollouts: Positive = Field(4, description="rollouts kept each time")
+
+
+class Recipe(Section):
+    method: MethodConfig
+    student: ModelConfig
+    teachers: dict[str, ModelConfig] = Field({}, description="name -> model; the method's views use these names")
+    task: TaskConfig
+    sampling: SamplingConfig = SamplingConfig()
+    optim: OptimConfig = OptimConfig()
+    train: TrainConfig = TrainConfig()
+    eval: EvalConfig = EvalConfig()
+    log: LogConfig = LogConfig()
+    seed: int = Field(0, ge=0, description="seed of data order and sampling")
+    output: str = Field("runs/train", description="run folder")
+
+    @model_validator(mode="after")
+    def _check_task(self) -> "Recipe":
+        needs = {"testbed": "name", "reasoning_gym": "name", "file": "path", "dataset": "path"}[self.task.kind]
+        if getattr(self.task, needs) is None:
+            raise ValueError(f"task.kind '{self.task.kind}' needs task.{needs}")
+        return self
+
+
+def fields(section: type[BaseModel] = Recipe, prefix: str = "") -> Iterator[tuple[str, str, str, str]]:
+    """Yield (dotted name, type, default, description with unit) of every field of a recipe."""
+    for name, info in section.model_fields.items():
+        kind = info.annotation
+        if isinstance(kind, type) and issubclass(kind, Section):
+            yield from fields(kind, f"{prefix}{name}.")
+            continue
+        if name == "teachers":
+            yield from fields(ModelConfig, f"{prefix}teachers.NAME.")
+            continue
+        shown = kind.__name__ if isinstance(kind, type) else str(kind).replace("typing.", "")
+        for noise in ("Annotated", ", Gt(gt=0)", ", FieldInfo(annotation=NoneType, required=True, metadata=[Gt(gt=0)])"):
+            shown = shown.replace(noise, "")
+        default = "required" if info.is_required() else repr(info.default)
+        yield f"{prefix}{name}", shown.replace("[int]", "int"), default, info.description or ""
+
+
+def recipe_path(name: str) -> Path:
+    """Find a recipe by path, or by name among those in the package (`cpu/demo`).
+
+    Raises RecipeError when neither exists, naming the recipes that do.
+    """
+    if Path(name).is_file():
+        return Path(name)
+    root = Path(str(resources.files("opdkit") / "recipes"))
+    shipped = root / name.removeprefix("recipes/").removesuffix(".yaml")
+    if shipped.with_suffix(".yaml").is_file():
+        return shipped.with_suffix(".yaml")
+    known = sorted(str(p.relative_to(root).with_suffix("")) for p in root.rglob("*.yaml"))
+    raise RecipeError(f"no recipe file '{name}'; give a path to a YAML file or one of: {', '.join(known)}")
+
+
+def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe, apply `a.b=c` overrides (values are YAML) and validate it. Raises RecipeError."""
+    path = recipe_path(name)
+    try:
+        data = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(data, dict):
+        raise RecipeError(f"{path} holds {type(data).__name__}, expected a mapping of sections such as method, student, task")
+    for override in overrides:
+        _override(data, override)
+    return parse_recipe(data)
+
+
+def parse_recipe(data: dict[str, Any]) -> Recipe:
+    """Validate a recipe given as a mapping. Raises RecipeError with one line for each wrong field."""
+    try:
+        return Recipe.model_validate(data)
+    except ValidationError as error:
+        raise RecipeError("; ".join(_explain(problem) for problem in error.errors())) from None
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The whole recipe as YAML, defaults included; `load_recipe` of it gives an equal recipe."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
+
+
+def _override(data: dict[str, Any], override: str) -> None:
+    key, equals, value = override.partition("=")
+    if not equals or not key:
+        raise RecipeError(f"override '{override}' is not of the form section.key=value")
+    *sections, last = key.split(".")
+    for section in sections:
+        data = data.setdefault(section, {})
+        if not isinstance(data, dict):
+            raise RecipeError(f"override '{override}': '{section}' is a value, not a section")
+    try:
+        data[last] = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"override '{override}': the value is not valid YAML ({error})") from error
+    if isinstance(data[last], str):  # YAML 1.1 reads 1e-3 as text
+        try:
+            data[last] = float(data[last])
+        except ValueError:
+            pass
+
+
+def _explain(problem: Any) -> str:
+    where = ".".join(str(part) for part in problem["loc"]) or "recipe"
+    if problem["type"] == "extra_forbidden":
+        section: type[BaseModel] = Recipe
+        for part in problem["loc"][:-1]:
+            info = section.model_fields.get(str(part))
+            if info is None:  # the name of a teacher
+                section = ModelConfig
+            elif isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel):
+                section = info.annotation
+        return f"unknown key '{where}'{nearest(str(problem['loc'][-1]), list(section.model_fields))}"
+    message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "missing":
+        return f"'{where}' is missing"
+    if problem["type"] == "value_error":
+        return message
+    return f"'{where}' = {problem['input']!r}: {message}"
+
+
+def nearest(given: str, known: Sequence[str]) -> str:
+    """A hint for a wrong name: `: did you mean 'x'?`, or the list of the known ones."""
+    close = difflib.get_close_matches(given, known, n=1, cutoff=0.5)
+    return f": did you mean '{close[0]}'?" if close else f"; known: {', '.join(sorted(known))}"

@@ -1,0 +1,45 @@
+"""What a task is made of: problems, verdicts and the verifier that turns a response into a verdict."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+Message = Mapping[str, Any]  # {"role": ..., "content": ...}, as chat templates read it
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One prompt with what is needed to judge a response."""
+
+    id: str
+    prompt: str | tuple[Message, ...]
+    answer: str | None = None  # what the verifier compares with; for dataset rollouts also the target response
+    domain: str = "default"
+    system: str | None = None
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A verifier's judgement: a reward (usually in [0, 1]) and whether the answer counts as correct."""
+
+    reward: float
+    correct: bool
+
+
+Verifier = Callable[[Problem, str], Verdict]
+
+
+@dataclass(frozen=True)
+class Task:
+    """Training and held-out problems with one verifier; `train` and `eval` share no prompt.
+
+    `target` gives the dataset response of a problem (with scratchpad) where the task has one, for SFT and off-policy
+    rollouts; None means that `Problem.answer` is the response.
+    """
+
+    name: str
+    train: Sequence[Problem]
+    eval: Sequence[Problem]
+    verify: Verifier | None = None
+    target: Callable[[Problem], str] | None = None
