@@ -45,7 +45,9 @@ class TaskConfig(Section):
     kind: Literal["testbed", "reasoning_gym", "file", "dataset"] = Field(description="where prompts come from")
     name: str | None = Field(None, description="testbed or reasoning-gym task, or Hub configuration of a `dataset`")
     path: str | None = Field(None, description="file (.jsonl, .parquet) or Hub id / folder of a `dataset`")
-    eval_path: str | None = Field(None, description="`file` only: evaluation file; otherwise eval_size rows are held out")
+    eval_path: str | None = Field(
+        None, description="`file` only: evaluation file; otherwise eval_size rows are held out"
+    )
     split: str = Field("train", description="`dataset` only: training split")
     eval_split: str | None = Field(None, description="`dataset` only: evaluation split; otherwise rows are held out")
     columns: dict[str, str] = Field({}, description="our column name -> the file's: prompt, answer, domain, system, id")
@@ -69,7 +71,9 @@ class SamplingConfig(Section):
     stop: list[str] = Field([], description="stop strings; the text ends with the first one found")
     eos_ids: list[int] | None = Field(None, description="token ids that end a response; None = the model's own")
     max_rows: Positive = Field(256, description="sequences that decode together")
-    rescore: bool = Field(False, description="score samples again with the student and log the gap to the captured log-probs")
+    rescore: bool = Field(
+        False, description="score samples again with the student and log the gap to the captured log-probs"
+    )
 
 
 class OptimConfig(Section):
@@ -85,13 +89,19 @@ class OptimConfig(Section):
 class TrainConfig(Section):
     steps: Positive = Field(100, description="optimiser steps")
     prompts_per_step: Positive = Field(16, description="prompts")
-    microbatch_tokens: Positive = Field(16384, description="prompt + response tokens of one student forward, padding included")
-    score_tokens: Positive = Field(32768, description="prompt + response tokens of one teacher forward, padding included")
-    head_chunk: Positive | None = Field(None, description="rows of logits held at once; None = chosen from the vocabulary")
+    microbatch_tokens: Positive = Field(
+        16384, description="prompt + response tokens of one student forward, padding included"
+    )
+    score_tokens: Positive = Field(
+        32768, description="prompt + response tokens of one teacher forward, padding included"
+    )
+    head_chunk: Positive | None = Field(
+        None, description="rows of logits held at once; None = chosen from the vocabulary"
+    )
     precision: Literal["no", "bf16", "fp16"] = Field("no", description="accelerate mixed precision")
     gradient_checkpointing: bool = Field(False, description="recompute activations in the backward pass")
-    reduction: Literal["token_mean", "seq_mean_token_mean", "seq_mean_token_sum", "seq_mean_token_sum_norm"] | None = Field(
-        None, description="overrides every term's own reduction"
+    reduction: Literal["token_mean", "seq_mean_token_mean", "seq_mean_token_sum", "seq_mean_token_sum_norm"] | None = (
+        Field(None, description="overrides every term's own reduction")
     )
     checkpoint_every: Positive | None = Field(None, description="steps; None = only at the end")
     keep_checkpoints: Positive = Field(2, description="newest checkpoints that stay on disk")
@@ -109,7 +119,9 @@ class EvalConfig(Section):
 
 class LogConfig(Section):
     top_k: Positive = Field(16, description="k of overlap ratio, overlap mass and overlap-token advantage")
-    trackers: list[Literal["tensorboard", "wandb", "trackio"]] = Field(["tensorboard"], description="JSONL is always written")
+    trackers: list[Literal["tensorboard", "wandb", "trackio"]] = Field(
+        ["tensorboard"], description="JSONL is always written"
+    )
     rollouts_every: Positive = Field(25, description="steps between rollouts kept for the report's token viewer")
     rollouts: Positive = Field(4, description="rollouts kept each time")
 
@@ -146,7 +158,11 @@ def fields(section: type[BaseModel] = Recipe, prefix: str = "") -> Iterator[tupl
             yield from fields(ModelConfig, f"{prefix}teachers.NAME.")
             continue
         shown = kind.__name__ if isinstance(kind, type) else str(kind).replace("typing.", "")
-        for noise in ("Annotated", ", Gt(gt=0)", ", FieldInfo(annotation=NoneType, required=True, metadata=[Gt(gt=0)])"):
+        for noise in (
+            "Annotated",
+            ", Gt(gt=0)",
+            ", FieldInfo(annotation=NoneType, required=True, metadata=[Gt(gt=0)])",
+        ):
             shown = shown.replace(noise, "")
         default = "required" if info.is_required() else repr(info.default)
         yield f"{prefix}{name}", shown.replace("[int]", "int"), default, info.description or ""
@@ -175,7 +191,9 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
     except yaml.YAMLError as error:
         raise RecipeError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(data, dict):
-        raise RecipeError(f"{path} holds {type(data).__name__}, expected a mapping of sections such as method, student, task")
+        raise RecipeError(
+            f"{path} holds {type(data).__name__}, expected a mapping of sections such as method, student, task"
+        )
     for override in overrides:
         _override(data, override)
     return parse_recipe(data)

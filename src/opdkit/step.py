@@ -8,7 +8,7 @@ Left out on purpose: masks. A token that is not trained on (prompt, tool output,
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -19,51 +19,51 @@ from torch import Tensor
 class Layout:
     """Where each trained token sits, and the segment functions over sequences, turns, prefixes and groups."""
 
-    seq: Int[Tensor, "N"]  # sequence of each token, non-decreasing
-    turn: Int[Tensor, "N"]  # turn of each token, numbered over the whole step, non-decreasing
-    group: Int[Tensor, "S"]  # prompt group of each sequence
+    seq: Int[Tensor, " N"]  # sequence of each token, non-decreasing
+    turn: Int[Tensor, " N"]  # turn of each token, numbered over the whole step, non-decreasing
+    group: Int[Tensor, " S"]  # prompt group of each sequence
 
     @property
     def sequences(self) -> int:
         return self.group.shape[0]
 
-    def seq_len(self) -> Int[Tensor, "S"]:
+    def seq_len(self) -> Int[Tensor, " S"]:
         """Trained tokens of each sequence."""
         return torch.bincount(self.seq, minlength=self.sequences)
 
-    def seq_sum(self, x: Float[Tensor, "N"]) -> Float[Tensor, "S"]:
+    def seq_sum(self, x: Float[Tensor, " N"]) -> Float[Tensor, " S"]:
         return x.new_zeros(self.sequences).index_add(0, self.seq, x)
 
-    def seq_mean(self, x: Float[Tensor, "N"]) -> Float[Tensor, "S"]:
+    def seq_mean(self, x: Float[Tensor, " N"]) -> Float[Tensor, " S"]:
         """Mean over each sequence; a sequence without trained tokens gets 0."""
         return self.seq_sum(x) / self.seq_len().clamp(min=1)
 
-    def turn_mean(self, x: Float[Tensor, "N"]) -> Float[Tensor, "M"]:
+    def turn_mean(self, x: Float[Tensor, " N"]) -> Float[Tensor, " M"]:
         """Mean over each turn of the step."""
         turns = int(self.turn.max()) + 1 if self.turn.numel() else 0
         count = torch.bincount(self.turn, minlength=turns).clamp(min=1)
         return x.new_zeros(turns).index_add(0, self.turn, x) / count
 
-    def group_mean(self, x: Float[Tensor, "S"]) -> Float[Tensor, "S"]:
+    def group_mean(self, x: Float[Tensor, " S"]) -> Float[Tensor, " S"]:
         """Mean over each prompt group, handed back to every member."""
         groups = int(self.group.max()) + 1
         count = torch.bincount(self.group, minlength=groups).clamp(min=1)
         return (x.new_zeros(groups).index_add(0, self.group, x) / count)[self.group]
 
-    def group_size(self) -> Int[Tensor, "S"]:
+    def group_size(self) -> Int[Tensor, " S"]:
         """How many sequences share the prompt of each sequence."""
         return torch.bincount(self.group)[self.group]
 
-    def spread(self, x: Float[Tensor, "S"]) -> Float[Tensor, "N"]:
+    def spread(self, x: Float[Tensor, " S"]) -> Float[Tensor, " N"]:
         """Give every token the value of its sequence."""
         return x[self.seq]
 
-    def position(self) -> Int[Tensor, "N"]:
+    def position(self) -> Int[Tensor, " N"]:
         """Index of each token among the trained tokens of its sequence, from 0."""
         start = torch.cumsum(self.seq_len(), 0) - self.seq_len()
         return torch.arange(self.seq.numel(), device=self.seq.device) - start[self.seq]
 
-    def before(self, x: Float[Tensor, "N"]) -> Float[Tensor, "N"]:
+    def before(self, x: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
         """Sum over the earlier tokens of the same sequence (exclusive prefix sum).
 
         Accumulated in float64: a difference of two running sums over the step loses float32's digits.
@@ -72,17 +72,18 @@ class Layout:
         first = torch.cumsum(self.seq_len(), 0) - self.seq_len()
         return (running - running[first[self.seq]]).to(x.dtype)
 
-    def after(self, x: Float[Tensor, "N"]) -> Float[Tensor, "N"]:
+    def after(self, x: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
         """Sum over this and the later tokens of the same sequence (reward to go)."""
         return self.spread(self.seq_sum(x)) - self.before(x)
 
 
+@runtime_checkable
 class FullRows(Protocol):
     """Full-vocabulary log-probabilities that are formed row by row on demand, never all at once."""
 
-    def log_probs(self, rows: Int[Tensor, "n"] | slice) -> Float[Tensor, "n V"]: ...
+    def log_probs(self, rows: Int[Tensor, " n"] | slice) -> Float[Tensor, "n V"]: ...
 
-    def take(self, rows: Int[Tensor, "n"]) -> "FullRows": ...
+    def take(self, rows: Int[Tensor, " n"]) -> "FullRows": ...
 
 
 @dataclass(frozen=True)
@@ -97,16 +98,16 @@ class Candidates:
     valid: Bool[Tensor, "N K"]  # False: this column does not count (a duplicate, or not in the candidate set)
     student: Float[Tensor, "N K"]
     teacher: Float[Tensor, "N K"]
-    student_tail: Float[Tensor, "N"]
-    teacher_tail: Float[Tensor, "N"]
+    student_tail: Float[Tensor, " N"] | None  # None where the student's head was not applied again
+    teacher_tail: Float[Tensor, " N"]
 
 
 @dataclass(frozen=True)
 class Scores:
     """What one view says about the step's tokens (nats, float32, or float64 in tests)."""
 
-    sampled: Float[Tensor, "N"]  # log-prob of the sampled token
-    entropy: Float[Tensor, "N"] | None = None
+    sampled: Float[Tensor, " N"]  # log-prob of the sampled token
+    entropy: Float[Tensor, " N"] | None = None
     top_ids: Int[Tensor, "N Kt"] | None = None  # the view's own most probable ids, best first
     top: Float[Tensor, "N Kt"] | None = None  # their log-probs
     candidates: Candidates | None = None  # teacher views with support TopK
@@ -118,23 +119,23 @@ class Step:
     """All rollouts of one source in one optimiser update, flattened to N trained tokens."""
 
     layout: Layout
-    tokens: Int[Tensor, "N"]
+    tokens: Int[Tensor, " N"]
     views: Mapping[str, Scores]  # "student" = the policy that sampled; "behaviour" = after top-p / top-k truncation
-    reward: Float[Tensor, "S"] | None = None
-    correct: Bool[Tensor, "S"] | None = None
-    domain: Int[Tensor, "S"] | None = None
+    reward: Float[Tensor, " S"] | None = None
+    correct: Bool[Tensor, " S"] | None = None
+    domain: Int[Tensor, " S"] | None = None
     horizon: int = 0  # maximum response length in tokens, for the reductions that divide by it
     progress: float = 0.0  # share of the run that is done, in [0, 1]
     state: Mapping[str, Any] = field(default_factory=dict)  # read-only; made by updaters, saved by the checkpoint
 
-    def rows(self, index: Int[Tensor, "n"]) -> "Step":
+    def rows(self, index: Int[Tensor, " n"]) -> "Step":
         """The same step restricted to some tokens, for row-wise losses. Segment functions no longer apply to it."""
         layout = replace(self.layout, seq=self.layout.seq[index], turn=self.layout.turn[index])
         views = {name: take_rows(view, index) for name, view in self.views.items()}
         return replace(self, layout=layout, tokens=self.tokens[index], views=views)
 
 
-def take_rows(value: Any, index: Int[Tensor, "n"]) -> Any:
+def take_rows(value: Any, index: Int[Tensor, " n"]) -> Any:
     """Index the first axis of every tensor of a (nested) dataclass of [N, ...] tensors."""
     if value is None:
         return None

@@ -16,12 +16,14 @@ class Capture:
     distribution that was drawn from: equal to `logp` unless top-p or top-k truncated it.
     """
 
-    logp: Float[Tensor, "T"]
-    behaviour: Float[Tensor, "T"]
-    entropy: Float[Tensor, "T"]
+    logp: Float[Tensor, " T"]
+    behaviour: Float[Tensor, " T"]
+    entropy: Float[Tensor, " T"]
     top_ids: Int[Tensor, "T Kt"]
     top: Float[Tensor, "T Kt"]
-    hidden: Float[Tensor, "T D"] | None = None  # last hidden states, kept when a view's support needs the student's head
+    hidden: Float[Tensor, "T D"] | None = (
+        None  # last hidden states, kept when a view's support needs the student's head
+    )
 
 
 @dataclass(frozen=True)

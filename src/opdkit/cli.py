@@ -1,0 +1,217 @@
+"""The `opd` command: parses the command line, prints results and turns opdkit's errors into one line and an exit code.
+
+Left out on purpose: flags for settings (an override `section.key=value` reaches every field of a recipe) and any work:
+each command imports what it calls when it runs, because `opd --help` must not wait for torch.
+"""
+
+import ast
+import json
+import re
+from itertools import groupby
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperCommand, TyperGroup
+
+from opdkit import __version__
+from opdkit.errors import NonFiniteError, OpdkitError, RecipeError, RunError
+
+OVERRIDES_HELP = "Settings that replace the recipe's, for example train.steps=50."
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="SECTION.KEY=VALUE", help=OVERRIDES_HELP)]
+RecipeName = Annotated[
+    str, typer.Argument(metavar="RECIPE", help="A YAML file, or the name of a shipped recipe such as cpu/demo.")
+]
+RecipeOrRun = Annotated[
+    str, typer.Argument(metavar="RECIPE_OR_RUN", help="A recipe (file or shipped name) or a run folder.")
+]
+MethodName = Annotated[str, typer.Argument(metavar="METHOD", help="A name that `opd methods` lists.")]
+RunFolder = Annotated[str, typer.Argument(metavar="RUN", help="A run folder, such as runs/demo.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in the run folder.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the resolved plan and stop before training.")]
+
+FIELDS_INTRO = (
+    "Every setting of a recipe. In the YAML file a setting stands under its section; on the command line it is "
+    "written section.key=value, and the value is read as YAML: 1e-3, true, null, [a, b], {level: 2}."
+)
+
+
+class Group(TyperGroup):
+    """The command group: an opdkit error becomes one line on stderr and an exit code, any other error is our bug.
+
+    Exit codes: 1 for a run that failed (RunError, NonFiniteError), 2 for wrong input, 130 for Ctrl-C.
+    """
+
+    # ctx is Any here and below: its class is click's or typer's own copy, depending on typer's version.
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except OpdkitError as error:
+            message = " ".join(str(error).split())
+            typer.secho(f"error: {message}", fg=typer.colors.RED, err=True)
+            raise typer.Exit(1 if isinstance(error, RunError | NonFiniteError) else 2) from None
+
+
+class RecipeCommand(TyperCommand):
+    """A command whose help ends with the table of all recipe fields."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        super().format_help(ctx, formatter)
+        print_fields()
+
+
+app = typer.Typer(
+    cls=Group,
+    help="On-policy distillation of language models.",
+    epilog="Start with: opd demo",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,  # a plain traceback is what a bug report needs
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _version(wanted: bool) -> bool:
+    if wanted:
+        typer.echo(f"opdkit {__version__}")
+        raise typer.Exit()
+    return wanted
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """On-policy distillation of language models."""
+
+
+@app.command("demo")
+def demo_command(
+    overrides: Overrides = None,
+    output: Annotated[str, typer.Option(help="Run folder.")] = "runs/demo",
+    seed: Annotated[int, typer.Option(min=0, help="Seed of data order and sampling.")] = 0,
+) -> None:
+    """Build a small teacher and student, distil, and write a report."""
+    from opdkit.demo import demo
+
+    typer.echo(demo(output, seed, overrides or []))
+
+
+@app.command("train", cls=RecipeCommand)
+def train_command(
+    recipe: RecipeName, overrides: Overrides = None, resume: Resume = False, dry_run: DryRun = False
+) -> None:
+    """Train a student as a recipe says."""
+    from opdkit.config import load_recipe
+
+    if resume and dry_run:
+        raise RecipeError("--resume has no effect together with --dry-run: give one of them")
+    loaded = load_recipe(recipe, overrides or [])  # a wrong recipe fails before torch is imported
+    if dry_run:
+        from opdkit.train.loop import dry_run as plan
+
+        typer.echo(plan(loaded))
+        return
+    from opdkit.train.loop import train
+
+    run = train(loaded, resume=resume)
+    typer.echo(f"run folder: {run}\nfor a report: opd report {run}")
+
+
+@app.command("eval")
+def eval_command(target: RecipeOrRun, overrides: Overrides = None) -> None:
+    """Evaluate a recipe's models, or a run's student, on held-out problems."""
+    from opdkit.train.evaluate import evaluate_run
+
+    typer.echo(evaluate_run(target, overrides or []))
+
+
+@app.command("methods")
+def methods_command() -> None:
+    """List the methods, one line each."""
+    from rich.table import Table
+
+    from opdkit.method import method_table
+
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_edge=False)
+    table.add_column("method", style="bold cyan", overflow="fold")
+    table.add_column("idea", overflow="fold", ratio=1)
+    table.add_column("paper", overflow="fold")
+    for name, idea, paper in method_table():
+        table.add_row(*(_plain(cell) for cell in (name, idea, paper)))
+    _console().print(table)
+    typer.echo("\nopd explain METHOD prints its equation, its arguments and what it is composed of.")
+
+
+@app.command("explain")
+def explain_command(method: MethodName) -> None:
+    """Print a method's idea, equation, arguments and composition."""
+    from opdkit.method import explain
+
+    typer.echo(explain(method))
+
+
+@app.command("report")
+def report_command(run: RunFolder) -> None:
+    """Write a run's report.html, also for a run that is not finished."""
+    from opdkit.report import write_report
+
+    typer.echo(str(write_report(Path(run))))
+
+
+def print_fields() -> None:
+    """Print every recipe field by section: its name, type, default and what it means, with its unit."""
+    from rich.table import Table
+
+    from opdkit.config import fields
+
+    console = _console()
+    console.print(_plain(FIELDS_INTRO))
+    known = list(fields())
+    width = max(len(name) for name, *_ in known)
+    for section, rows in groupby(known, key=lambda row: row[0].rpartition(".")[0]):
+        table = Table.grid(padding=(0, 2, 0, 0))
+        table.add_column(style="bold cyan", min_width=width, overflow="fold")
+        table.add_column(overflow="fold")
+        for name, kind, default, meaning in rows:
+            table.add_row(_plain(name), _plain(f"{_yaml_type(kind)}, {_yaml_default(default)}\n{_yaml_none(meaning)}"))
+        console.print()
+        console.print(_plain(section or "top level"), style="bold")
+        console.print(table)
+
+
+def _console() -> Any:
+    from rich.console import Console
+
+    return Console(highlight=False, markup=False)
+
+
+def _plain(text: str) -> Any:
+    """Text that rich prints as it is: brackets are not markup, nothing is cut."""
+    from rich.text import Text
+
+    return Text(text)
+
+
+def _yaml_none(text: str) -> str:
+    return re.sub(r"\bNone\b", "null", text)
+
+
+def _yaml_type(kind: str) -> str:
+    """A Python annotation in the words of a recipe: `Optional[Literal['a', 'b']]` is `a | b | null`."""
+    kind = re.sub(r"Literal\[(.*?)\]", lambda found: found[1].replace("'", "").replace(", ", " | "), kind)
+    return _yaml_none(re.sub(r"^Optional\[(.*)\]$", r"\1 | None", kind))
+
+
+def _yaml_default(default: str) -> str:
+    """A default as one would type it in YAML; JSON is YAML, and plain words need no quotes."""
+    if default == "required":
+        return default
+    return "default " + re.sub(r'^"(.+)"$', r"\1", json.dumps(ast.literal_eval(default)))
+
+
+if __name__ == "__main__":
+    app()

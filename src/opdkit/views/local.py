@@ -1,0 +1,144 @@
+"""Views of models in this process: score every trained token of a step under a token budget.
+
+Axes: N trained tokens of the step, n rows of one forward, K support size, D hidden, V vocabulary.
+
+The head is applied to trained positions only, and only as far as the view's support needs it. Left out: servers.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from opdkit.errors import NonFiniteError
+from opdkit.head import Head, HeadRows, RowScores, score_rows
+from opdkit.models import LanguageModel
+from opdkit.rollouts.rollout import Rollout
+from opdkit.step import Candidates, Scores, Step
+from opdkit.support import Full, Support, TopK, candidates
+
+
+def micro_batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
+    """Group sequences of similar length so that rows x longest <= budget; a longer one stands alone."""
+    batches: list[list[int]] = []
+    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        if batches and lengths[batches[-1][0]] * (len(batches[-1]) + 1) <= budget:
+            batches[-1].append(i)
+        else:
+            batches.append([i])
+    return batches
+
+
+def pad(rollouts: Sequence[Rollout], device: torch.device) -> Int[Tensor, "B T"]:
+    """Prompt and response of each rollout, padded on the right with id 0; the last token is never read."""
+    rows = [torch.tensor(r.prompt_ids + r.response_ids) for r in rollouts]
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device)
+
+
+def trained_rows(rollouts: Sequence[Rollout]) -> tuple[Int[Tensor, " n"], Int[Tensor, " n"]]:
+    """(row, position) of the hidden state that predicts each trained token."""
+    rows = [(b, len(r.prompt_ids) + i - 1) for b, r in enumerate(rollouts) for i in r.trained_index]
+    index = torch.tensor(rows, dtype=torch.long).reshape(-1, 2)
+    return index[:, 0], index[:, 1]
+
+
+def flat_index(step: Step, batch: Sequence[int]) -> Int[Tensor, " n"]:
+    """Where the trained tokens of some sequences sit on the flat axis, in the order of the batch."""
+    length = step.layout.seq_len()
+    start = torch.cumsum(length, 0) - length
+    spans = [torch.arange(int(start[s]), int(start[s] + length[s])) for s in batch]
+    return torch.cat(spans).to(step.tokens.device)
+
+
+def hidden_rows(
+    lm: LanguageModel, rollouts: Sequence[Rollout], step: Step, budget: int
+) -> Iterator[tuple[Int[Tensor, " n"], Float[Tensor, "n D"]]]:
+    """Yield (flat index, last hidden states that predict these tokens) batch by batch, without gradient."""
+    lengths = [len(r.prompt_ids) + len(r.response_ids) for r in rollouts]
+    for batch in micro_batches(lengths, budget):
+        chosen = [rollouts[i] for i in batch]
+        rows, positions = trained_rows(chosen)
+        with torch.no_grad():
+            hidden = lm.hidden(pad(chosen, lm.device))
+        yield flat_index(step, batch), hidden[rows.to(lm.device), positions.to(lm.device)]
+
+
+def score(
+    lm: LanguageModel, rollouts: Sequence[Rollout], step: Step, support: Support, *, budget: int, top_k: int = 0
+) -> Scores:
+    """Score a step's tokens with a model. `top_k` asks for the model's own list beside what the support needs.
+
+    The candidates of TopK also need `step.views["student"]`. Raises NonFiniteError when the model returns NaN or inf.
+    """
+    parts = [
+        (index, score_batch(lm.head(), hidden, step.rows(index), support, top_k))
+        for index, hidden in hidden_rows(lm, rollouts, step, budget)
+    ]
+    back = torch.argsort(torch.cat([index for index, _ in parts]))
+    scores = _join([s for _, s in parts], back)
+    bad = ~torch.isfinite(scores.sampled)
+    if scores.candidates is not None:
+        bad |= ~torch.isfinite(scores.candidates.teacher).all(-1)
+    if bool(bad.any()):
+        sequences = step.layout.seq[bad].unique().tolist()
+        raise NonFiniteError(f"model '{lm.name}' ({lm.path}) returned NaN or infinite log-probs for {int(bad.sum())} of "
+                             f"{bad.numel()} tokens, in sequences {sequences[:5]} of the step; check its weights and dtype")  # fmt: skip
+    return scores
+
+
+def score_batch(head: Head, hidden: Float[Tensor, "n D"], rows: Step, support: Support, top_k: int) -> Scores:
+    """Scores of some rows of a step from the hidden states that predict them."""
+    k = support.k if isinstance(support, TopK) else 0
+    own = support.of not in ("student", "intersection") if isinstance(support, TopK) else False
+    wanted = min(max(top_k, k if isinstance(support, TopK) and support.of != "student" else 0), head.size)
+    student = rows.views.get("student")
+
+    def choose(part: slice, top_ids: Tensor | None) -> tuple[Tensor, Tensor]:
+        assert isinstance(support, TopK) and student is not None
+        ours = None if student.top_ids is None else student.top_ids[part, :k]
+        theirs = None if support.of == "student" or top_ids is None else top_ids[:, :k]
+        first = theirs if ours is None else ours
+        second = ours if theirs is None else theirs
+        assert first is not None and second is not None
+        return candidates(support.of, first, second)
+
+    got = score_rows(head, hidden, rows.tokens, top_k=wanted, choose=choose if k else None)
+    full = HeadRows(hidden, head) if isinstance(support, Full) else None
+    found = _candidates(got, rows, own, k) if k else None
+    return Scores(got.sampled, got.entropy, got.top_ids, got.top, found, full)
+
+
+def _candidates(got: RowScores, rows: Step, own: bool, k: int) -> Candidates:
+    """Both sides on the chosen ids; the student's log-probs come from its capture where it holds them."""
+    student = rows.views["student"]
+    assert got.ids is not None and got.valid is not None and got.at_ids is not None and got.tail is not None
+    if not own:
+        assert student.top is not None
+        return Candidates(got.ids, got.valid, student.top[:, :k], got.at_ids, None, got.tail)
+    assert isinstance(student.full, HeadRows)
+    again = score_rows(student.full.head, student.full.hidden, rows.tokens, entropy=False,
+                       choose=lambda part, _: (got.ids[part], got.valid[part]))  # type: ignore[index]  # fmt: skip
+    assert again.at_ids is not None
+    return Candidates(got.ids, got.valid, again.at_ids, got.at_ids, again.tail, got.tail)
+
+
+def _join(parts: Sequence[Scores], back: Int[Tensor, " N"]) -> Scores:
+    """Concatenate the scores of several batches and put them back into the step's order."""
+
+    def cat(values: list[Tensor | None]) -> Tensor | None:
+        return None if values[0] is None else torch.cat([v for v in values if v is not None])[back]
+
+    def each(name: str) -> Tensor | None:
+        return cat([getattr(p, name) for p in parts])
+
+    found = [p.candidates for p in parts if p.candidates is not None]
+    joined = None
+    if found:
+        names = ("ids", "valid", "student", "teacher", "student_tail", "teacher_tail")
+        joined = Candidates(*(cat([getattr(c, name) for c in found]) for name in names))  # type: ignore[arg-type]
+    rows = [p.full for p in parts if isinstance(p.full, HeadRows)]
+    full = HeadRows(torch.cat([r.hidden for r in rows])[back], rows[0].head) if rows else None
+    sampled = each("sampled")
+    assert sampled is not None
+    return Scores(sampled, each("entropy"), each("top_ids"), each("top"), joined, full)
