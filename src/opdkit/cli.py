@@ -18,7 +18,7 @@ from opdkit import __version__
 from opdkit.errors import NonFiniteError, OpdkitError, RecipeError, RunError
 
 OVERRIDES_HELP = "Settings that replace the recipe's, for example train.steps=50."
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="SECTION.KEY=VALUE", help=OVERRIDES_HELP)]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="A.B=C", help=OVERRIDES_HELP)]
 RecipeName = Annotated[
     str, typer.Argument(metavar="RECIPE", help="A YAML file, or the name of a shipped recipe such as cpu/demo.")
 ]
@@ -143,7 +143,7 @@ def methods_command() -> None:
     for name, idea, paper in method_table():
         table.add_row(*(_plain(cell) for cell in (name, idea, paper)))
     _console().print(table)
-    typer.echo("\nopd explain METHOD prints its equation, its arguments and what it is composed of.")
+    typer.echo("\nopd explain METHOD prints its equation, arguments and composition.")
 
 
 @app.command("explain")

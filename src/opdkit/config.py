@@ -4,11 +4,13 @@ A recipe is a YAML file; dotted overrides (`train.steps=100`) are applied on top
 nearest valid one. This module must import neither torch nor transformers: `opd --help` reads it.
 """
 
+import contextlib
 import difflib
 from collections.abc import Iterator, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -98,7 +100,7 @@ class TrainConfig(Section):
     head_chunk: Positive | None = Field(
         None, description="rows of logits held at once; None = chosen from the vocabulary"
     )
-    precision: Literal["no", "bf16", "fp16"] = Field("no", description="accelerate mixed precision")
+    precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="arithmetic of the forward pass (accelerate)")
     gradient_checkpointing: bool = Field(False, description="recompute activations in the backward pass")
     reduction: Literal["token_mean", "seq_mean_token_mean", "seq_mean_token_sum", "seq_mean_token_sum_norm"] | None = (
         Field(None, description="overrides every term's own reduction")
@@ -225,11 +227,11 @@ def _override(data: dict[str, Any], override: str) -> None:
         data[last] = yaml.safe_load(value)
     except yaml.YAMLError as error:
         raise RecipeError(f"override '{override}': the value is not valid YAML ({error})") from error
-    if isinstance(data[last], str):  # YAML 1.1 reads 1e-3 as text
-        try:
+    if data[last] == "None":  # as Python and this program's own help print it
+        data[last] = None
+    if isinstance(data[last], str):
+        with contextlib.suppress(ValueError):  # YAML 1.1 reads 1e-3 as text
             data[last] = float(data[last])
-        except ValueError:
-            pass
 
 
 def _explain(problem: Any) -> str:

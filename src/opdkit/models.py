@@ -112,7 +112,9 @@ def resolve_path(path: str) -> str:
 def load_model(config: ModelConfig, name: str, device: torch.device | str = "cpu") -> LanguageModel:
     """Load a model and its tokenizer in evaluation mode. Raises ModelError when the path or its contents do not work."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()  # one bar a file is noise beside the run's own progress
     path = resolve_path(config.path)
     try:
         model = AutoModelForCausalLM.from_pretrained(

@@ -1,0 +1,1 @@
+"""Where prompts come from: files, `datasets`, reasoning-gym, the testbed (`load.load_task`); how they are encoded."""

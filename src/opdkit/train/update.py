@@ -64,7 +64,6 @@ def row_terms(found: Sequence[Stream], step: Step, index: Tensor | None = None) 
 
 def micro_steps(
     student: LanguageModel,
-    temperature: float,
     rollouts: Mapping[str, Sequence[Rollout]],
     steps: Mapping[str, Step],
     found: Mapping[str, Sequence[Stream]],
@@ -83,5 +82,5 @@ def micro_steps(
                 continue
             rows, positions = (index.to(student.device) for index in trained_rows(chosen))
             hidden = student.hidden(pad(chosen, student.device))[rows, positions]
-            loss, _ = objective(hidden, student.head().at(temperature), terms, chunk)
+            loss, _ = objective(hidden, student.head(), terms, chunk)
             yield loss

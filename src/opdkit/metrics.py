@@ -1,0 +1,140 @@
+"""What is logged at every step, read from the views that a method has anyway.
+
+Axes: N trained tokens, k top-k size. Nats per token unless a docstring says otherwise. Definitions: 2604.13016
+Eqs. 6-10, averaged over positions (not pooled over candidates, as its released code does).
+"""
+
+import resource
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from opdkit.losses import NO_MASS
+from opdkit.rollouts.rollout import Rollout
+from opdkit.step import Scores, Step
+
+ROWS = 16384  # positions whose k x k comparisons are held at once
+
+
+def agreement(student: Scores, teacher: Scores, k: int) -> dict[str, float]:
+    """How far student and teacher agree on the sampled positions.
+
+    `reverse_kl` is the one-sample estimate mean(log p - log q); the overlap numbers need both views' top-k lists and
+    use k' = min(k, what both have). `overlap_token_advantage` is E[-KL(p', q') / |I|] with both renormalised on the
+    intersection I, over positions where it is not empty; 0 is best.
+    """
+    found = {"reverse_kl": _mean(student.sampled - teacher.sampled)}
+    if student.entropy is not None and teacher.entropy is not None:
+        found["entropy_teacher"] = _mean(teacher.entropy)
+        found["entropy_gap"] = _mean((teacher.entropy - student.entropy).abs())
+    if student.top_ids is not None and teacher.top_ids is not None:
+        k = min(k, student.top_ids.shape[1], teacher.top_ids.shape[1])
+        rows = [_overlap(student, teacher, k, slice(i, i + ROWS)) for i in range(0, student.sampled.shape[0], ROWS)]
+        share, advantage, p_mass, q_mass = (torch.cat(column) for column in zip(*rows, strict=True))
+        found["overlap_ratio"] = _mean(share)
+        found["overlap_token_advantage"] = _mean(advantage[share > 0])
+        found["overlap_mass_student"] = _mean(p_mass)
+        found["overlap_mass_teacher"] = _mean(q_mass)
+    return found
+
+
+def _overlap(student: Scores, teacher: Scores, k: int, rows: slice) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Per position: |I| / k, -KL on I over |I|, and the mass of I under both."""
+    assert student.top_ids is not None and student.top is not None
+    assert teacher.top_ids is not None and teacher.top is not None
+    equal = student.top_ids[rows, :k, None] == teacher.top_ids[rows, None, :k]
+    both = equal.any(-1)
+    p = student.top[rows, :k]
+    q = torch.where(both, (equal * teacher.top[rows, None, :k]).sum(-1), NO_MASS)
+    p = p.masked_fill(~both, NO_MASS)
+    size = both.sum(-1)
+    lp, lq = p.log_softmax(-1), q.log_softmax(-1)
+    advantage = -(lp.exp() * (lp - lq)).sum(-1) / size.clamp(min=1)
+    return size / k, advantage, p.exp().sum(-1), q.exp().sum(-1)
+
+
+def rollout_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:
+    """Response length (tokens), share cut by the length limit, and mean reward and accuracy where a verifier judged."""
+    n = max(1, len(rollouts))
+    found = {
+        "response_length": sum(len(r.response_ids) for r in rollouts) / n,
+        "clipped_share": sum(r.finish == "length" for r in rollouts) / n,
+    }
+    if rollouts and all(r.reward is not None for r in rollouts):
+        found["reward"] = sum(r.reward or 0.0 for r in rollouts) / n
+        found["accuracy"] = sum(bool(r.correct) for r in rollouts) / n
+    return found
+
+
+def step_metrics(step: Step, rollouts: Sequence[Rollout], k: int, vocab: int) -> dict[str, float]:
+    """Everything about one source's step. Several teachers get `/NAME` behind each of their numbers."""
+    found = rollout_metrics(rollouts)
+    student = step.views.get("student")
+    if student is None:
+        return found
+    if student.entropy is not None:
+        found["entropy_student"] = _mean(student.entropy)
+    if "behaviour" in step.views:
+        gap = (student.sampled - step.views["behaviour"].sampled).abs()
+        if bool((gap > 0).any()):
+            found["sampler_gap"] = _mean(gap)
+    teachers = [name for name in step.views if name not in ("student", "behaviour")]
+    for name in teachers:
+        suffix = f"/{name}" if len(teachers) > 1 else ""
+        agreed = agreement(student, step.views[name], min(k, vocab))
+        found |= {key + suffix: value for key, value in agreed.items()}
+        if "overlap_ratio" in agreed:
+            found["overlap_chance"] = min(k, vocab) / vocab
+    return found
+
+
+def _mean(x: Float[Tensor, " N"]) -> float:
+    return float(x.double().mean()) if x.numel() else 0.0
+
+
+def avg_at_k(correct: Mapping[str, Sequence[bool]]) -> tuple[float, float]:
+    """avg@k over problems and its standard error: problems are the independent units, samples of one are not."""
+    means = torch.tensor([sum(c) / len(c) for c in correct.values()], dtype=torch.float64)
+    n = means.numel()
+    return float(means.mean()), float(means.std(unbiased=True) / n**0.5) if n > 1 else 0.0
+
+
+def token_mean_with_error(value: Float[Tensor, " N"], seq: Int[Tensor, " N"], sequences: int) -> tuple[float, float]:
+    """Token mean and its standard error with sequences as the independent units (ratio estimator)."""
+    total = value.new_zeros(sequences).index_add(0, seq, value).double()
+    count = torch.bincount(seq, minlength=sequences).double()
+    mean = total.sum() / count.sum()
+    spread = ((total - mean * count).square().sum() * sequences / max(1, sequences - 1)).sqrt() / count.sum()
+    return float(mean), float(spread)
+
+
+def peak_memory_mb() -> float:
+    """Largest resident size of this process so far, in MB; on a GPU the largest allocation."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e6
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (1e6 if sys.platform == "darwin" else 1e3)
+
+
+class Clock:
+    """Seconds per named phase of one step; what no phase covers is "other"."""
+
+    def __init__(self) -> None:
+        self.start = time.perf_counter()
+        self.phases: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        begin = time.perf_counter()
+        yield
+        self.phases[phase] = self.phases.get(phase, 0.0) + time.perf_counter() - begin
+
+    def read(self) -> dict[str, float]:
+        total = time.perf_counter() - self.start
+        found = {f"seconds/{name}": value for name, value in self.phases.items()}
+        return {**found, "seconds/other": total - sum(self.phases.values()), "seconds/step": total}

@@ -1,0 +1,106 @@
+"""Evaluation on held-out problems: avg@k with its standard error, and the exact reverse KL to a teacher."""
+
+from collections import defaultdict
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from opdkit.config import Recipe, load_recipe
+from opdkit.errors import RunError
+from opdkit.metrics import avg_at_k, rollout_metrics, token_mean_with_error
+from opdkit.models import LanguageModel
+from opdkit.rewards.verify import verify_rollouts
+from opdkit.rollouts.flatten import flatten
+from opdkit.rollouts.rollout import Rollout
+from opdkit.rollouts.sampler import Keep
+from opdkit.rollouts.sources import on_policy
+from opdkit.signals import full_divergence
+from opdkit.step import Step
+from opdkit.support import Full
+from opdkit.train.setup import Setup, derive_seed, set_up
+from opdkit.views.local import score
+
+
+def evaluate(setup: Setup, lm: LanguageModel, step: int) -> dict[str, Any]:
+    """One record for evals.jsonl. The same problems and the same random numbers every time, so curves are paired."""
+    e = setup.recipe.eval
+    how = replace(
+        setup.sampling,
+        group=e.samples,
+        temperature=e.temperature,
+        top_p=e.top_p,
+        top_k=0,
+        max_new_tokens=e.max_new_tokens or setup.sampling.max_new_tokens,
+    )
+    record: dict[str, Any] = {"step": step, "who": lm.name, "problems": len(setup.eval), "samples": e.samples}
+    if setup.task.verify is not None:
+        seed = derive_seed(setup.recipe.seed, "eval")
+        rollouts = verify_rollouts(setup.task, on_policy(lm, setup.eval, how, seed))
+        correct = defaultdict(list)
+        for r in rollouts:
+            correct[r.problem.id].append(bool(r.correct))
+        record["accuracy"], record["accuracy_se"] = avg_at_k(correct)
+        record |= {k: v for k, v in rollout_metrics(rollouts).items() if k in ("response_length", "clipped_share")}
+    if lm.name == "student" and e.kl_prompts and setup.teachers:
+        record |= held_out_kl(setup, lm)
+    return record
+
+
+@torch.no_grad()
+def held_out_kl(setup: Setup, lm: LanguageModel) -> dict[str, float]:
+    """Exact full-vocabulary KL(student, teacher) per token on the student's own samples to held-out prompts (nats)."""
+    prompts = setup.eval[: setup.recipe.eval.kl_prompts]
+    seed = derive_seed(setup.recipe.seed, "kl")
+    rollouts = on_policy(lm, prompts, replace(setup.sampling, group=1), seed, Keep(1, hidden=True))
+    step = flatten(rollouts, device=lm.device, head=lm.head())
+    found: dict[str, float] = {}
+    for name, teacher in setup.teachers.items():
+        value, error = reverse_kl(setup, teacher, rollouts, step)
+        suffix = f"/{name}" if len(setup.teachers) > 1 else ""
+        found |= {f"reverse_kl{suffix}": value, f"reverse_kl_se{suffix}": error}
+    return found
+
+
+def reverse_kl(setup: Setup, teacher: LanguageModel, rollouts: list[Rollout], step: Step) -> tuple[float, float]:
+    """Token mean and standard error of the exact reverse KL of a step whose student view kept its hidden states."""
+    scores = score(teacher, rollouts, step, Full(), budget=setup.recipe.train.score_tokens)
+    both = replace(step, views={**step.views, "teacher": scores})
+    value = full_divergence(both, "teacher", "reverse_kl")
+    return token_mean_with_error(value, step.layout.seq, step.layout.sequences)
+
+
+def evaluate_run(target: str, overrides: list[str]) -> str:
+    """Evaluate a recipe's student, or a run's newest checkpoint, and its teachers. Returns a text table.
+
+    Raises RunError when the run has no checkpoint, RecipeError for a wrong recipe.
+    """
+    from opdkit.train.checkpoint import latest_checkpoint
+
+    folder = Path(target)
+    recipe: Recipe
+    if (folder / "recipe.yaml").is_file():
+        newest = latest_checkpoint(folder)
+        if newest is None:
+            raise RunError(f"{target} has no complete checkpoint to evaluate; train it first, or give a recipe")
+        recipe = load_recipe(str(folder / "recipe.yaml"), [f"student.path={newest}", *overrides])
+    elif folder.is_dir():
+        raise RunError(f"{target} is not a run (it has no recipe.yaml); give a run folder or a recipe")
+    else:
+        recipe = load_recipe(target, overrides)
+    setup = set_up(recipe)
+    models = [setup.student, *(setup.teachers.values() if recipe.eval.teacher else ())]
+    return "\n".join([f"task {setup.task.name}, {len(setup.eval)} held-out problems, {recipe.eval.samples} samples each"]
+                     + [summary(evaluate(setup, lm, 0), lm.path) for lm in models])  # fmt: skip
+
+
+def summary(record: dict[str, Any], path: str = "") -> str:
+    """One line about an evaluation record."""
+    parts = []
+    if "accuracy" in record:
+        parts.append(f"accuracy {record['accuracy']:.1%} (se {record['accuracy_se']:.1%})")
+    parts += [f"{k.replace('_', ' ')} {v:.4f} nats/token" for k, v in record.items() if k.split("/")[0] == "reverse_kl"]
+    if "response_length" in record:
+        parts.append(f"{record['response_length']:.1f} tokens")
+    return f"{record['who']}{f' ({path})' if path else ''}: " + ", ".join(parts)

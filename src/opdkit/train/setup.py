@@ -1,0 +1,185 @@
+"""Everything a run needs, loaded and checked before the run folder is touched."""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from opdkit.config import Recipe, nearest
+from opdkit.errors import ModelError, RecipeError
+from opdkit.method import Method, OnPolicy, build_method
+from opdkit.models import LanguageModel, check_same_vocabulary, load_model
+from opdkit.rollouts.sampler import Keep, Sampling
+from opdkit.support import Full, TopK
+from opdkit.tasks.load import load_task
+from opdkit.tasks.problem import Task
+from opdkit.tasks.prompts import EncodedProblems, encode_problems
+
+
+@dataclass
+class Setup:
+    """A recipe with its method, models, task and optimiser."""
+
+    recipe: Recipe
+    method: Method
+    student: LanguageModel
+    teachers: dict[str, LanguageModel]
+    task: Task
+    train: EncodedProblems
+    eval: EncodedProblems
+    accelerator: Any  # accelerate.Accelerator
+    optimizer: torch.optim.Optimizer
+    scheduler: torch.optim.lr_scheduler.LambdaLR
+
+    @property
+    def sampling(self) -> Sampling:
+        """How the student samples while it trains."""
+        s = self.recipe.sampling
+        eos = self.student.eos_ids if s.eos_ids is None else tuple(s.eos_ids)
+        return Sampling(s.group, s.max_new_tokens, s.temperature, s.top_p, s.top_k, tuple(s.stop), eos, s.max_rows)
+
+    @property
+    def keep(self) -> Keep:
+        """What the sampler must record so that no view needs the student again."""
+        supports = [view.support for view in self.method.views.values()]
+        ks = [s.k for s in supports if isinstance(s, TopK) and s.of != "teacher"]
+        vocab = self.student.head().size
+        return Keep(min(vocab, max([self.recipe.log.top_k, *ks])), self.needs_student_head)
+
+    @property
+    def needs_student_head(self) -> bool:
+        """Whether a signal or a candidate set asks for student log-probs that the sampler's top-k list lacks."""
+        views = self.method.views
+        chosen = any(
+            isinstance(v.support, TopK) and v.support.of not in ("student", "intersection") for v in views.values()
+        )
+        pieces = [p for term in self.method.terms for p in (term.signal, term.weight) if p is not None]
+        read = {need.split(".")[0] for p in pieces for _, need in p.needs if need.endswith((".distribution", ".full"))}
+        return chosen or any(isinstance(views[name].support, Full) for name in read)
+
+
+def set_up(recipe: Recipe) -> Setup:
+    """Load and check everything. Raises OpdkitError with one clear sentence for whatever does not fit."""
+    from accelerate import Accelerator
+
+    method = build_method(recipe.method.name, recipe.method.arguments)
+    check_recipe(recipe, method)
+    precision = recipe.train.precision
+    accelerator = Accelerator(mixed_precision="no" if precision == "fp32" else precision)
+    task = load_task(recipe.task)
+    if method.needs_reward and task.verify is None:
+        raise RecipeError(f"method {method.name} learns from rewards, but task '{task.name}' has no verifier; "
+                          "give the data an answer column or set task.verifier")  # fmt: skip
+    student = load_model(recipe.student, "student", accelerator.device)
+    student.temperature = recipe.sampling.temperature
+    teachers = {name: load_model(config, name, accelerator.device) for name, config in recipe.teachers.items()}
+    for teacher in teachers.values():
+        check_same_vocabulary(student, teacher)
+        teacher.model.requires_grad_(False)
+    check_supports(method, student)
+    if recipe.train.gradient_checkpointing:
+        student.model.gradient_checkpointing_enable({"use_reentrant": False})
+    context = min(lm.context_length for lm in [student, *teachers.values()])
+    new = recipe.sampling.max_new_tokens
+    train = encode_problems(task.train, student.tokenizer, recipe.task, context, new)
+    held_out = encode_problems(task.eval, student.tokenizer, recipe.task, context, recipe.eval.max_new_tokens or new)
+    optimizer = make_optimizer(recipe, student.model)
+    scheduler = make_scheduler(recipe, optimizer)
+    return Setup(recipe, method, student, teachers, task, train, held_out, accelerator, optimizer, scheduler)
+
+
+def check_recipe(recipe: Recipe, method: Method) -> None:
+    """Raise RecipeError for settings that contradict the method or would have no effect."""
+    for name, view in method.views.items():
+        if view.model not in recipe.teachers:
+            hint = nearest(view.model, list(recipe.teachers)) if recipe.teachers else "; the recipe has no teachers"
+            raise RecipeError(f"method {method.name}: view '{name}' asks for teacher '{view.model}'{hint}; add "
+                              f"teachers: {{{view.model}: {{path: ...}}}}")  # fmt: skip
+    used = {view.model for view in method.views.values()}
+    if unused := [name for name in recipe.teachers if name not in used]:
+        raise RecipeError(
+            f"teacher '{unused[0]}' is not used by method {method.name}; remove it or name it in the method"
+        )
+    if recipe.student.temperature != 1.0:
+        raise RecipeError("student.temperature has no effect: the student is scored at sampling.temperature; set that")
+    on_policy = any(isinstance(source, OnPolicy) for source in method.rollouts.values())
+    if method.needs_group and recipe.sampling.group < 2:
+        raise RecipeError(f"method {method.name} subtracts the mean of a prompt's group, which is 0 signal for a group of "
+                          f"{recipe.sampling.group}; set sampling.group to 2 or more")  # fmt: skip
+    if not on_policy and recipe.sampling.group != 1:
+        raise RecipeError(
+            f"sampling.group = {recipe.sampling.group} has no effect: method {method.name} does not sample"
+        )
+    shares = split_prompts(method, recipe.train.prompts_per_step)
+    if empty := [name for name, count in shares.items() if count == 0]:
+        raise RecipeError(f"train.prompts_per_step = {recipe.train.prompts_per_step} leaves no prompt for rollout source "
+                          f"'{empty[0]}' with share {method.rollouts[empty[0]].share}; raise one of them")  # fmt: skip
+
+
+def check_supports(method: Method, student: LanguageModel) -> None:
+    """Raise ModelError when a top-k support is larger than the vocabulary."""
+    size = student.head().size
+    for name, view in method.views.items():
+        if isinstance(view.support, TopK) and view.support.k > size:
+            raise ModelError(f"view '{name}' asks for the top {view.support.k} of a vocabulary of {size} ids; lower k, "
+                             "or use full_opd for the whole vocabulary")  # fmt: skip
+
+
+def split_prompts(method: Method, prompts: int) -> dict[str, int]:
+    """How many of a step's prompts each rollout source gets: shares rounded so that they add up."""
+    counts, done, share = {}, 0, 0.0
+    for name, source in method.rollouts.items():
+        share += source.share
+        upto = round(share * prompts)
+        counts[name], done = upto - done, upto
+    return counts
+
+
+def make_optimizer(recipe: Recipe, model: torch.nn.Module) -> torch.optim.Optimizer:
+    """AdamW; weight decay on matrices only."""
+    o = recipe.optim
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": o.weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=o.lr, betas=o.betas, eps=o.eps, fused=True)
+
+
+def make_scheduler(recipe: Recipe, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LambdaLR:
+    """The recipe's schedule, one value per optimiser step."""
+    from transformers import get_scheduler
+
+    warmup, steps = recipe.optim.warmup_steps, recipe.train.steps
+    name = "constant_with_warmup" if recipe.optim.schedule == "constant" else recipe.optim.schedule
+    return get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=steps)
+
+
+def derive_seed(*parts: object) -> int:
+    """A 63-bit seed that depends on every part: sampling at step 7 needs no state from step 6."""
+    digest = hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+def describe(setup: Setup) -> str:
+    """The resolved plan of a run as text."""
+    r, lines = setup.recipe, []
+    counts = split_prompts(setup.method, r.train.prompts_per_step)
+    rows = sum(
+        n * (r.sampling.group if isinstance(setup.method.rollouts[s], OnPolicy) else 1) for s, n in counts.items()
+    )
+    models: Mapping[str, LanguageModel] = {"student": setup.student, **setup.teachers}
+    lines += [str(setup.method)]
+    lines += [f"{n}: {m.path}, {m.parameters:,} parameters, {m.head().size:,} token ids, context {m.context_length:,}"
+              for n, m in models.items()]  # fmt: skip
+    lines += [
+        f"task: {setup.task.name}, {len(setup.train):,} training and {len(setup.eval):,} held-out problems"
+        + (f", {setup.train.dropped} too long ones dropped" if setup.train.dropped else ""),
+        f"steps: {r.train.steps} of {r.train.prompts_per_step} prompts ({rows} rollouts), "
+        f"{r.train.steps * r.train.prompts_per_step / len(setup.train):.2f} epochs",
+        f"sampling: temperature {r.sampling.temperature}, up to {r.sampling.max_new_tokens} new tokens",
+        f"output: {r.output}",
+    ]
+    return "\n".join(lines)
