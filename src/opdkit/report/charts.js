@@ -60,7 +60,7 @@ function layout(chart) {
     yaxis: {
       ...axis,
       nticks: 5,
-      ...(chart.kind === "share" ? { tickformat: ".0~%" } : {}),
+      tickformat: chart.kind === "share" ? ".0~%" : Math.max(...values) >= 1000 ? ",d" : "",
       exponentformat: "power",
       rangemode: chart.from_zero ? "tozero" : "normal",
       ...(within ? { range: [0, 1.03] } : {}),

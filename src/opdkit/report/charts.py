@@ -54,14 +54,14 @@ def build_charts(run: RunData) -> dict[str, list[Chart]]:
     for curve in CURVES:
         lines = _expand(curve, keys) if curve.source == "metrics" else []
         used.update(line.key for line in lines)
-        series = _eval_series(run, curve) if curve.source == "evals" else [_series(run, line) for line in lines]
+        series = _eval_series(run, curve) if curve.source == "evals" else [_series(run, line, curve.smooth) for line in lines]
         if series and not all(line.colour == "soft" for line in series):
             charts.append(_chart(curve, series, len(charts)))
     for key in keys:
         if key not in used:
             text = f"Logged by this run under the name {key}; its method's documentation says what good looks like."
             curve = Curve(OTHER, key, "", text, (Line(key, key),), from_zero=False)
-            charts.append(_chart(curve, [_series(run, curve.lines[0])], len(charts)))
+            charts.append(_chart(curve, [_series(run, curve.lines[0], True)], len(charts)))
     found = {group: [chart for chart in charts if chart.group == group] for group in GROUPS}
     return {group: members for group, members in found.items() if members}
 
@@ -108,11 +108,11 @@ def _expand(curve: Curve, keys: Sequence[str]) -> list[Line]:
     return lines
 
 
-def _series(run: RunData, line: Line) -> Series:
+def _series(run: RunData, line: Line, smooth: bool) -> Series:
     points = [(float(row["step"] or 0), value) for row in run.metrics if (value := row.get(line.key)) is not None]
     x = thin([step for step, _ in points], MAX_POINTS)
     y = thin([float(value) for _, value in points], MAX_POINTS)
-    mean = rolling_mean(y) if len(y) >= SMOOTH_FROM and line.colour != "soft" else []
+    mean = rolling_mean(y) if smooth and len(y) >= SMOOTH_FROM and line.colour != "soft" else []
     return Series(line.name, line.colour, line.dash, tuple(x), tuple(y), tuple(mean))
 
 

@@ -32,6 +32,7 @@ class Curve:
     kind: Kind = "number"
     from_zero: bool = True
     stacked: bool = False
+    smooth: bool = True  # False: a schedule or a maximum, which a rolling mean would misstate
     source: Literal["metrics", "evals"] = "metrics"
 
 
@@ -74,6 +75,7 @@ CURVES: tuple[Curve, ...] = (
         "per step",
         "Step size of the optimiser after warm-up and schedule; it should look like what the recipe asks for.",
         (Line("lr", "learning rate"),),
+        smooth=False,
     ),
     Curve(
         AGREEMENT,
@@ -190,6 +192,7 @@ CURVES: tuple[Curve, ...] = (
         "MB",
         "Largest memory in use up to this step; good is flat after the first steps.",
         (Line("peak_memory_mb", "memory"),),
+        smooth=False,
     ),
 )
 

@@ -1,4 +1,4 @@
-"""The testbed's tasks: `sums`, `gym` (a reasoning-gym task) and `mix` (both), small enough for models of 0.2M parameters.
+"""The testbed's tasks: `sums`, `gym` (from reasoning-gym) and `mix` (both), for models of 0.2M parameters and up.
 
 Every prompt belongs to the training or to the evaluation half by its hash, whatever the seed: no model of the testbed
 has been trained on an evaluation prompt of any other. Problems are drawn when they are read.
@@ -15,7 +15,7 @@ from zlib import crc32
 
 from pydantic import Field, ValidationError, model_validator
 
-from opdkit.config import Section, Share, TaskConfig, nearest
+from opdkit.config import Section, TaskConfig, nearest
 from opdkit.errors import DataError, RecipeError
 from opdkit.tasks.problem import Problem, Task, Verdict, Verifier
 from opdkit.testbed import grammar
@@ -54,7 +54,7 @@ class MixSettings(GymSettings, SumsSettings):
     """Settings of `mix`: those of both tasks and the share of `gym`."""
 
     format: Literal["a", "b", "mix"] = Field("mix", description="scratchpad of the targets of the sums")
-    gym_share: Share = Field(0.25, description="share of the problems that come from `gym`")
+    gym_share: float = Field(0.25, gt=0, lt=1, description="share of the problems that come from `gym`")
 
 
 def testbed_task(config: TaskConfig) -> Task:

@@ -53,12 +53,12 @@ def train(recipe: Recipe, *, resume: bool = False) -> Path:
         order = PromptOrder(len(setup.train), r.seed)
         state = {hook.name: hook.init() for hook in method.after_update}
         start = 0
+        torch.manual_seed(derive_seed(r.seed, "torch"))
         if resume and (newest := latest_checkpoint(run.path)):
             saved = load_checkpoint(newest)
             load_weights(student.model, newest)
             start, order, state = restore(setup, saved)
         truncate_after(run.path, start)
-        torch.manual_seed(derive_seed(r.seed, "torch", start))
         run.update(**run_information(setup))
         began = datetime.now(UTC)
         before = float(run.info.get("seconds") or 0.0) if start else 0.0

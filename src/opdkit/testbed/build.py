@@ -1,0 +1,113 @@
+"""Builds the testbed's models from scratch through the engine itself, once, into the user's cache folder.
+
+`testbed:NAME` in a recipe means one of BUILDS. Each is a recipe (supervised, or GRPO on the verifier) that starts from
+a new model or from another build. The folder's name carries a hash of all that decides its content: the recipe, the
+parent, and the code of tokenizer, tasks and shapes.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from opdkit.config import nearest, parse_recipe
+from opdkit.errors import ModelError
+
+Json = dict[str, Any]
+SFT: Json = {"name": "sft"}
+GRPO: Json = {"name": "grpo"}
+
+
+@dataclass(frozen=True)
+class Build:
+    """How one model comes to be: its start (a shape, or another build) and the recipe's sections."""
+
+    about: str
+    start: str  # "new:SHAPE" or the name of a build
+    task: Json
+    method: Json = field(default_factory=lambda: SFT)
+    train: Json = field(default_factory=dict)
+    optim: Json = field(default_factory=dict)
+    sampling: Json = field(default_factory=dict)
+    seed: int = 0
+
+
+BUILDS: dict[str, Build] = {}
+
+
+def resolve(name: str, cache: Path) -> Path:
+    """The folder of a testbed model, built when it is not in the cache. Raises ModelError for an unknown name."""
+    if name not in BUILDS:
+        raise ModelError(f"there is no testbed model '{name}'{nearest(name, list(BUILDS))}")
+    folder = cache / "testbed" / f"{name}-{content_hash(name)}"
+    if not (folder / "config.json").is_file():
+        with building(folder):
+            if not (folder / "config.json").is_file():  # another process may have been faster
+                _build(name, folder, cache)
+    return folder
+
+
+def content_hash(name: str) -> str:
+    """Twelve hex digits over everything that decides a build's content."""
+    build = BUILDS[name]
+    parent = build.start if build.start.startswith("new:") else content_hash(build.start)
+    code = [(resources.files("opdkit.testbed") / f"{m}.py").read_text() for m in ("tokenizer", "tasks", "shapes")]
+    parts = [parent, json.dumps(_recipe(build, "", ""), sort_keys=True), *code]
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:12]
+
+
+def _recipe(build: Build, student: str, output: str) -> Json:
+    return {
+        "method": build.method,
+        "student": {"path": student},
+        "task": {"kind": "testbed", "eval_size": 200, **build.task},
+        "sampling": build.sampling,
+        "optim": build.optim,
+        "train": {"keep_checkpoints": 1, **build.train},
+        "eval": {"temperature": 0.0, "kl_prompts": 0, "teacher": False},
+        "log": {"trackers": [], "rollouts_every": 10**9},
+        "seed": build.seed,
+        "output": output,
+    }
+
+
+def _build(name: str, folder: Path, cache: Path) -> None:
+    from opdkit.testbed.shapes import new_model
+    from opdkit.testbed.tokenizer import testbed_tokenizer
+    from opdkit.train.checkpoint import latest_checkpoint
+    from opdkit.train.loop import train
+
+    build, work = BUILDS[name], folder.with_name(f".{folder.name}.work")
+    shutil.rmtree(work, ignore_errors=True)
+    kind, _, shape = build.start.partition(":")
+    if kind == "new":
+        start = work / "new"
+        new_model(shape, build.seed).save_pretrained(start)
+        testbed_tokenizer().save_pretrained(start)
+    else:
+        start = resolve(build.start, cache)
+    print(f"building testbed:{name} ({build.about}), once", file=sys.stderr, flush=True)
+    run = train(parse_recipe(_recipe(build, str(start), str(work / "run"))))
+    checkpoint = latest_checkpoint(run)
+    assert checkpoint is not None
+    shutil.rmtree(checkpoint / "trainer")
+    shutil.copy(run / "evals.jsonl", checkpoint / "evals.jsonl")
+    os.replace(checkpoint, folder)
+    shutil.rmtree(work)
+
+
+@contextmanager
+def building(folder: Path) -> Iterator[None]:
+    """Hold a lock beside the folder, so that two processes do not build the same model."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with open(folder.with_name(f".{folder.name}.lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
