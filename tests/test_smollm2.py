@@ -1,4 +1,4 @@
-"""SmolLM2 from a wheel: cutting, building from a GGUF file, the cache and every error, on tiny models without a network."""
+"""SmolLM2 from a wheel: cutting, building from a GGUF file, the cache and every error; tiny models, no network."""
 
 import hashlib
 import json

@@ -51,7 +51,9 @@ def test_a_step_without_trained_tokens():
     empty = torch.zeros(0, dtype=torch.long)
     layout, x = Layout(empty, empty, torch.tensor([0, 0])), torch.zeros(0)
     assert layout.seq_len().tolist() == [0, 0] and layout.seq_mean(x).tolist() == [0.0, 0.0]
-    assert layout.turn_mean(x).shape == layout.before(x).shape == layout.after(x).shape == layout.position().shape == (0,)
+    assert (
+        layout.turn_mean(x).shape == layout.before(x).shape == layout.after(x).shape == layout.position().shape == (0,)
+    )
 
 
 def test_prefix_sums_of_a_long_step_keep_float32_digits():

@@ -90,7 +90,7 @@ def test_the_chat_template_writes_a_dialogue():
         [{"role": role, "content": content} for role, content in messages], tokenize=False, add_generation_prompt=True
     )
     assert text == f"Add.\n4+5=9{EOS}1+1="
-    assert encode(text)[8] == EOS_ID + 0 * len(text) or encode(text).index(EOS_ID) == 10
+    assert encode(text).index(EOS_ID) == len("Add.\n4+5=9")
 
 
 def test_the_saved_tokenizer_is_the_same(tmp_path):
@@ -115,7 +115,7 @@ def test_the_saved_tokenizer_is_the_same(tmp_path):
         ("50-50+10=", "000 010=10", "u00t01h00=10"),  # 0, 10
         ("20-19-1=", "100 000=0", "u10t00h00=0"),  # 1, 0
         ("9+8=", "71=17", "u7t1=17"),
-        ("12+34+56-78=", "640 201 420=24", "u604t402h010=24"),  # 46, 102, 24
+        ("12+34+56-78=", "640 201 420=24", "u624t402h010=24"),  # 46, 102, 24
         ("123+989=", "2111=1112", "u2t1h1k1=1112"),
     ],
 )
@@ -139,9 +139,10 @@ def test_drawn_sums_have_the_asked_shape_and_the_answer_of_python(terms: int, di
             assert len(work) == {"a": (terms - 1) * (digits + 2) - 1, "b": (digits + 1) * terms}[layout]
 
 
-def test_about_half_of_the_signs_are_minus():
+def test_a_quarter_of_two_term_sums_are_differences():
+    """The sign is minus at even odds where the second term is not the larger one, which is every other time."""
     problems = task("sums", settings={"terms": 2}).train[:400]
-    assert 100 < sum("-" in str(problem.prompt) for problem in problems) < 200  # half, where the difference allows it
+    assert 70 < sum("-" in str(problem.prompt) for problem in problems) < 130
 
 
 # The tasks

@@ -114,9 +114,11 @@ class Method:
                 raise MethodError(f"method {self.name}: no term reads view '{name}'; remove it or use it")
 
     def _needs(self, term: Term) -> list[tuple[str, str, str]]:
+        """(who reads, view, field) of a term's signal, weight and loss."""
         pieces = [p for p in (term.signal, term.weight) if p is not None]
-        found = [(repr(who), *need.split(".")) for p in pieces for who, need in p.needs]
-        return found + [(repr(term.loss), *need.split(".")) for need in term.loss.needs()]  # type: ignore[misc]
+        found = [(repr(who), need) for p in pieces for who, need in p.needs]
+        found += [(repr(term.loss), need) for need in term.loss.needs()]
+        return [(who, *need.split(".", 1)) for who, need in found]  # type: ignore[misc]
 
     def _check(self, term: Term) -> None:
         if term.on not in self.rollouts:

@@ -19,7 +19,7 @@ def gkd(*, teacher: str = "teacher", mix: float = 0.5, on_policy_share: float = 
         raise ValueError(f"on_policy_share = {on_policy_share} must lie in [0, 1]")
     ends = {0.0: Divergence("forward_kl"), 1.0: Divergence("reverse_kl")}
     loss = ends[mix] if mix in ends else Divergence("jsd", mix=mix)
-    sources = {"policy": OnPolicy(on_policy_share), "data": Dataset(1 - on_policy_share)}
+    sources: dict[str, OnPolicy | Dataset] = {"policy": OnPolicy(on_policy_share), "data": Dataset(1 - on_policy_share)}
     used = {name: source for name, source in sources.items() if source.share > 0}
     return Method(
         name="gkd",

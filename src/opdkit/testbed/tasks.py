@@ -146,8 +146,9 @@ def _sums(given: dict[str, Any]) -> tuple[Draw, Verifier]:
 
 def _draw_sum(settings: SumsSettings, random: Random) -> Problem:
     chain = grammar.draw(random, settings.terms, settings.digits)
-    # The format is drawn last, so that a seed gives the same sums whatever the format.
-    layout = random.choice(grammar.FORMATS) if settings.format == "mix" else settings.format
+    # The format is drawn in any case, so that a seed gives the same sums whatever the format.
+    drawn = random.choice(grammar.FORMATS)
+    layout = drawn if settings.format == "mix" else settings.format
     return Problem(id="", prompt=chain.prompt, answer=chain.answer, domain="sums", metadata={"format": layout})
 
 

@@ -162,11 +162,11 @@ def update(setup: Setup, rollouts: Any, steps: Mapping[str, Step], found: Any) -
             setup.accelerator.backward(loss)
             total += float(loss.detach())
     model.eval()
-    norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), r.optim.grad_clip))
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), r.optim.grad_clip).item()
     if not (abs(total) < float("inf") and norm < float("inf")):
         raise NonFiniteError(f"loss is {total} and gradient norm {norm}; the weights are unchanged. Look at the saved batch, "
                              "lower optim.lr or use train.precision: fp32")  # fmt: skip
-    rate = setup.scheduler.get_last_lr()[0]
+    rate = float(setup.scheduler.get_last_lr()[0])
     setup.optimizer.step()
     setup.scheduler.step()
     return {"loss": total, "grad_norm": norm, "lr": rate}

