@@ -78,7 +78,9 @@ def test_a_run_folder_that_holds_another_run(recipe_data, tmp_path):
     before = sorted(p.name for p in Path(recipe_data["output"]).iterdir())
     line = error_line(opd_train(recipe_data, tmp_path, "train.steps=1"), code=1)
     assert "already holds a run" in line and "--resume" in line
-    line = error_line(CliRunner().invoke(app, ["train", str(tmp_path / "recipe.yaml"), "optim.lr=0.5", "--resume"]), code=1)
+    line = error_line(
+        CliRunner().invoke(app, ["train", str(tmp_path / "recipe.yaml"), "optim.lr=0.5", "--resume"]), code=1
+    )
     assert "optim.lr" in line and "0.5" in line
     assert sorted(p.name for p in Path(recipe_data["output"]).iterdir()) == before
 
@@ -105,7 +107,9 @@ def test_a_run_folder_that_holds_another_run(recipe_data, tmp_path):
 )
 def test_wrong_settings(recipe_data, tmp_path, change, words):
     for key, value in change.items():
-        merged = {**recipe_data.get(key, {}), **value} if key in ("optim", "sampling", "task", "train", "student") else value
+        merged = (
+            {**recipe_data.get(key, {}), **value} if key in ("optim", "sampling", "task", "train", "student") else value
+        )
         recipe_data[key] = merged
     line = error_line(opd_train(recipe_data, tmp_path))
     assert all(word in line for word in words), line

@@ -33,7 +33,9 @@ class Case:
         return self.method + "".join(f"-{k}={v}" for k, v in self.arguments)
 
 
-def case(method: str, *, exact: str | None = "reverse_kl", zero: bool = True, teacher: bool = True, **arguments: Any) -> Case:
+def case(
+    method: str, *, exact: str | None = "reverse_kl", zero: bool = True, teacher: bool = True, **arguments: Any
+) -> Case:
     return Case(method, tuple(arguments.items()), exact, zero, teacher)
 
 
@@ -111,7 +113,9 @@ def test_no_gradient_when_student_is_teacher(c):
 def test_moving_the_teacher_moves_the_gradient(c):
     p, step = one_step(c, TEACHER)
     _, moved = one_step(c, TEACHER + 0.1 * logits(12, V, seed=5))
-    assert (expected_gradient(c.build(), P, Q) - expected_gradient(c.build(), P, Q + 0.1 * logits(V, seed=6))).abs().max() > 1e-4
+    assert (
+        expected_gradient(c.build(), P, Q) - expected_gradient(c.build(), P, Q + 0.1 * logits(V, seed=6))
+    ).abs().max() > 1e-4
     assert (logit_gradient(c.build(), p, step)[1] - logit_gradient(c.build(), p, moved)[1]).abs().max() > 1e-5
 
 

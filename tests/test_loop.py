@@ -154,7 +154,9 @@ def test_kill_nine_then_resume_equals_the_uninterrupted_run(recipe_data, tmp_pat
     whole = run(recipe_data, output=str(tmp_path / "whole"), **settings)
     data = changed(recipe_data, output=str(tmp_path / "killed"), **settings)
     env = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    child = subprocess.Popen([sys.executable, "-c", CHILD, where, json.dumps(data)], stdout=subprocess.PIPE, text=True, env=env)
+    child = subprocess.Popen(
+        [sys.executable, "-c", CHILD, where, json.dumps(data)], stdout=subprocess.PIPE, text=True, env=env
+    )
     assert child.stdout is not None
     while (line := child.stdout.readline()) and line.strip() != "here":
         pass
@@ -252,7 +254,9 @@ def test_hooks_keep_their_state_in_the_checkpoint(recipe_data, tmp_path, monkeyp
     monkeypatch.setattr("opdkit.train.loop.run_information", lambda s: {})
     seen = []
     real_step = __import__("opdkit.train.loop", fromlist=["make_step"]).make_step
-    monkeypatch.setattr("opdkit.train.loop.make_step", lambda s, r, n, state: seen.append(state["counter"]["updates"]) or real_step(s, r, n, state))
+    monkeypatch.setattr(
+        "opdkit.train.loop.make_step", lambda *a: seen.append(a[-1]["counter"]["updates"]) or real_step(*a)
+    )
     path = run(recipe_data, train__steps=2)
     run(recipe_data, train__steps=4, resume=True)
     assert seen == [0, 1, 2, 3] and path == Path(recipe_data["output"])

@@ -4,6 +4,7 @@ The numbers were worked out outside the library; formulas that are checked on ra
 """
 
 from math import log
+from typing import Literal
 
 import jaxtyping
 import pytest
@@ -14,6 +15,7 @@ from torch import Tensor
 from opdkit.losses import (
     CrossEntropy,
     Divergence,
+    Kind,
     PolicyGradient,
     StudentRows,
     SupportPolicyGradient,
@@ -34,7 +36,7 @@ REVERSE = 0.218011910943  # .5 ln 2 + .3 ln 1.2 + .2 ln .4
 FORWARD = 0.239278181599  # .25 ln .5 + .25 ln (.25 / .3) + .5 ln 2.5
 # mixtures: .25 -> (.4375, .2875, .275), .5 -> (.375, .275, .35), .75 -> (.3125, .2625, .425)
 JSD = {0.25: 0.042900642761, 0.5: 0.055582470863, 0.75: 0.041033744892}
-KINDS = [("reverse_kl", 0.5), ("forward_kl", 0.5), ("jsd", 0.1), ("jsd", 0.5), ("jsd", 0.9)]
+KINDS: list[tuple[Kind, float]] = [("reverse_kl", 0.5), ("forward_kl", 0.5), ("jsd", 0.1), ("jsd", 0.5), ("jsd", 0.9)]
 
 
 def logs(*rows: list[float]) -> Tensor:
@@ -64,7 +66,6 @@ def on_candidates(loss: Divergence, p: Tensor, q: Tensor, ids: Tensor, valid: Te
     return loss.rows(StudentRows(None, p.gather(1, ids).log(), tails[0]), step, None)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Divergences
 
 
@@ -115,7 +116,6 @@ def test_full_gradient_against_finite_differences(kind, mix):
     assert (Divergence(kind, mix).full(z.log_softmax(-1), q.log())[1][0] - slopes).abs().max() < 1e-9
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Supports and tails
 
 
@@ -171,7 +171,7 @@ def test_tail_bucket_is_zero_only_where_both_agree_on_it(kind, mix):
 TOY = torch.cat([torch.full((8,), 0.75 / 8), torch.full((42,), 0.25 / 42)]).double()[None].log()
 
 
-def toy_method(tail: str) -> Method:
+def toy_method(tail: Literal["bucket", "renormalise"]) -> Method:
     return Method(name="toy", views={"teacher": View("teacher", TopK(8, "teacher"))},
                   terms=(Term(loss=Divergence("forward_kl", tail=tail)),))  # fmt: skip
 
@@ -195,21 +195,20 @@ def test_untailed_topk_forward_kl_pushes_a_perfect_student_and_ours_does_not():
 
 def test_descending_the_untailed_form_loses_the_tail_and_the_bucket_keeps_it():
     z = TOY.clone().requires_grad_(True)
-    for _ in range(2000):
+    for _ in range(500):
         (gradient,) = torch.autograd.grad(untailed(z), z)
-        z = (z - 2.0 * gradient).detach().requires_grad_(True)
+        z = (z - 8.0 * gradient).detach().requires_grad_(True)
     assert z.softmax(-1)[0, :8].sum() > 0.995 and untailed(z) < -0.21  # it reports -.75 ln(1 / .75)
     assert dense("forward_kl", 0, z.softmax(-1), TOY.exp()).item() > 0.9
 
     method = toy_method("bucket")
     z = z.detach()
     step = make_step(method, z, TOY, torch.tensor([0]), top_k=8)
-    for _ in range(200):
-        z = z - 2.0 * logit_gradient(method, z, step)[1]
+    for _ in range(50):
+        z = z - 8.0 * logit_gradient(method, z, step)[1]
     assert z.softmax(-1)[0, :8].sum().item() == pytest.approx(0.75, abs=1e-3)  # the leaked mass is pulled back
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # The losses of a sampled token and of candidate actions
 
 
@@ -225,7 +224,6 @@ def test_row_losses_by_hand():
     assert SupportPolicyGradient().rows(many, step, signal).tolist() == [7.0, -2.0]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Arguments
 
 
@@ -257,7 +255,6 @@ def test_wrong_support_arguments(unchecked, arguments, message):
         TopK(**arguments)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Reductions: sequences of 1, 2 and 5 trained tokens; the third token of the last one has weight zero
 
 SEQ = torch.tensor([0, 1, 1, 2, 2, 2, 2, 2])
@@ -296,14 +293,14 @@ def test_wrong_reductions(unchecked):
         reduction("mean", LAYOUT, COUNTED, 0)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Extremes: logits of +-80 in float32
 
 FAR = 80 * torch.tensor([[1.0, -1, 0, -1, 1], [1, -1, -1, -1, -1], [0, 0, 0, 0, 0]])
 FAR_TEACHER = 80 * torch.tensor([[-1.0, 1, 0, 1, -1], [-1, 1, -1, -1, -1], [1, -1, 0, 0, 0]])
+TAILS: tuple[Literal["bucket", "renormalise"], ...] = ("bucket", "renormalise")
 EXTREMES = [
     *((Divergence(kind, mix), None, Full()) for kind, mix in KINDS),
-    *((Divergence(kind, mix, tail=tail), None, TopK(2, of)) for kind, mix in KINDS for tail in ("bucket", "renormalise")
+    *((Divergence(kind, mix, tail=tail), None, TopK(2, of)) for kind, mix in KINDS for tail in TAILS
       for of in ("student", "teacher", "union", "intersection", "difference")),
     *((SupportPolicyGradient(), support_gap(by=by), TopK(2, "union")) for by in ("student", "teacher", "uniform")),
     (PolicyGradient(), log_ratio(), Sampled()),

@@ -269,6 +269,7 @@ def test_the_recipe_and_its_prompts_fit_together() -> None:
     recipe = load_recipe("cpu/smollm2")
     assert recipe.teachers["teacher"].path == "smollm2:instruct"
     assert recipe.student.path.startswith("smollm2:cut-")
+    assert Path(str(recipe.task.path)).name == "smollm2-prompts.jsonl"
     prompts = Path(smollm2.__file__).parents[1] / "recipes" / "cpu" / "smollm2-prompts.jsonl"
     rows = [json.loads(line) for line in prompts.read_text().splitlines()]
     assert len({row["prompt"] for row in rows}) == len({row["id"] for row in rows}) == 120

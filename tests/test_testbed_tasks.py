@@ -47,7 +47,8 @@ def test_every_ascii_character_is_one_token_and_comes_back():
 
 
 @pytest.mark.parametrize(
-    "text", ["", "  a  b ", "Spell this wordy backward (example: sun", "don 't , do n't .", " \n\n x\n", "<eos><pad>", "12 3"]
+    "text",
+    ["", "  a  b ", "Spell this wordy backward (example: sun", "don 't , do n't .", " \n\n x\n", "<eos><pad>", "12 3"],
 )
 def test_texts_come_back_exactly(text: str):
     assert TOKENIZER.decode(encode(text), skip_special_tokens=True) == text
@@ -110,13 +111,13 @@ def test_the_saved_tokenizer_is_the_same(tmp_path):
 @pytest.mark.parametrize(
     ("prompt", "a", "b"),
     [
-        ("47+85-36=", "231 690=96", "u26t39h10=96"),  # 132, 96
-        ("99+99+99=", "891 792=297", "u87t99h12=297"),  # 198, 297
-        ("50-50+10=", "000 010=10", "u00t01h00=10"),  # 0, 10
-        ("20-19-1=", "100 000=0", "u10t00h00=0"),  # 1, 0
-        ("9+8=", "71=17", "u7t1=17"),
-        ("12+34+56-78=", "640 201 420=24", "u624t402h010=24"),  # 46, 102, 24
-        ("123+989=", "2111=1112", "u2t1h1k1=1112"),
+        ("47+85-36=", "1213 -609=96", "u12-6t1309=96"),  # 7+5=12, 4+8+1=13; 2-6 borrows, 13-3-1=9
+        ("99+99+99=", "1819 1729=297", "u1817t1929=297"),  # 18, 19; 8+9=17, 19+9+1=29
+        ("50-50+10=", "0000 0001=10", "u0000t0001=10"),
+        ("20-19-1=", "-100 0000=0", "u-100t0000=0"),  # 0-9 borrows and leaves 1, 2-1-1=0; 1-1=0
+        ("9+8=", "17=17", "u17=17"),
+        ("12+34+56-78=", "0604 1210 -402=24", "u0612-4t041002=24"),  # 46, 102, 24
+        ("123+989-113=", "121111 -9-909=999", "u12-9t11-9h1109=999"),  # 3+9=12, 2+8+1=11, 1+9+1=11; ...
     ],
 )
 def test_both_formats_by_hand(prompt: str, a: str, b: str):
@@ -132,11 +133,11 @@ def test_drawn_sums_have_the_asked_shape_and_the_answer_of_python(terms: int, di
     for _ in range(50):
         chain = grammar.draw(random, terms, digits)
         assert len(chain.terms) == terms and {len(str(abs(term))) for term in chain.terms} == {digits}
-        assert min(chain.totals) >= 0 and grammar.parse(chain.prompt) == chain
+        assert min(itertools.accumulate(chain.terms)) >= 0 and grammar.parse(chain.prompt) == chain
         for layout in grammar.FORMATS:
             work, answer = grammar.solution(chain, layout).split("=")
             assert int(answer) == sum(chain.terms)
-            assert len(work) == {"a": (terms - 1) * (digits + 2) - 1, "b": (digits + 1) * terms}[layout]
+            assert len(work) == 2 * digits * (terms - 1) + {"a": terms - 2, "b": digits}[layout]
 
 
 def test_a_quarter_of_two_term_sums_are_differences():
@@ -160,12 +161,12 @@ def test_targets_are_correct_and_damaged_ones_are_not(name: str):
             assert not verdict.correct and 0.0 <= verdict.reward < 1.0
 
 
-@pytest.mark.parametrize("response", ["231 690=96", "u26t39h10=96", "anything=0=96", "= 96 ", "96"])
+@pytest.mark.parametrize("response", ["1213 -609=96", "u12-6t1309=96", "anything=0=96", "= 96 ", "96"])
 def test_only_the_final_answer_of_a_sum_counts(response: str):
     assert task("sums").verify(sum_problem("47+85-36=", "a"), response).correct
 
 
-@pytest.mark.parametrize("response", ["96=95", "231 690=", "231 690", "=096", "=9 6", "=96.", "=+96"])
+@pytest.mark.parametrize("response", ["96=95", "1213 -609=", "1213 -609", "=096", "=9 6", "=96.", "=+96"])
 def test_other_final_answers_of_a_sum_are_wrong(response: str):
     assert task("sums").verify(sum_problem("47+85-36=", "a"), response).reward == 0.0
 
@@ -223,7 +224,7 @@ def test_the_mix_holds_both_domains_in_the_asked_share():
 
 def test_known_problems_do_not_change():
     """Caches and reported numbers depend on the draw."""
-    assert [problem.prompt for problem in task("sums").eval[:3]] == ["?"]
+    assert [problem.prompt for problem in task("sums").eval[:3]] == ["65+93+92=", "12+84+17=", "69-69+62="]
 
 
 def test_the_recipe_reaches_the_task():

@@ -196,6 +196,10 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
         raise RecipeError(
             f"{path} holds {type(data).__name__}, expected a mapping of sections such as method, student, task"
         )
+    for key in ("path", "eval_path"):  # a data file that a recipe ships lies beside it
+        beside = path.parent / str(data["task"].get(key)) if isinstance(data.get("task"), dict) else None
+        if beside is not None and beside.is_file():
+            data["task"][key] = str(beside.resolve())
     for override in overrides:
         _override(data, override)
     return parse_recipe(data)

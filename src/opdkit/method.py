@@ -12,6 +12,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, runtime_checkable
 
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
 from opdkit.config import nearest
 from opdkit.errors import MethodError, RecipeError
 from opdkit.losses import CrossEntropy, Divergence, Loss, PolicyGradient, Reduction, SupportPolicyGradient
@@ -41,6 +43,10 @@ class Linear:
     start: float
     end: float
     until: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.until <= 0:
+            raise MethodError(f"Linear: until = {self.until} must be positive; it is a share of the run")
 
     def __call__(self, progress: float) -> float:
         return self.start + (self.end - self.start) * min(1.0, progress / self.until)
@@ -127,13 +133,21 @@ class Method:
         if (term.loss.signal_rank == 0) != (term.signal is None):
             verb = "takes no signal; drop it" if term.signal is not None else "needs a signal such as log_ratio()"
             raise MethodError(f"method {self.name}: {term.loss} {verb}")
+        if isinstance(term.loss, Divergence) and term.loss.tail != "bucket":
+            compared = self.views.get(term.loss.teacher)
+            if compared is not None and isinstance(compared.support, Full):
+                raise MethodError(f"method {self.name}: tail = {term.loss.tail!r} has no effect on view "
+                                  f"'{term.loss.teacher}', which has support Full(); drop it")  # fmt: skip
         if isinstance(term.loss, PolicyGradient | SupportPolicyGradient) and not isinstance(
             self.rollouts[term.on], OnPolicy
         ):
             raise MethodError(f"method {self.name}: {term.loss} trains on '{term.on}', which the student did not sample; "
                               "a policy gradient is only right on its own samples")  # fmt: skip
         for who, view, what in self._needs(term):
-            if view in ("rollouts", "student"):
+            if view == "behaviour" and not isinstance(self.rollouts[term.on], OnPolicy):
+                raise MethodError(f"method {self.name}: {who} reads the sampler's log-probs, but '{term.on}' was not "
+                                  "sampled by the student; use an OnPolicy source")  # fmt: skip
+            if view in ("rollouts", "student", "behaviour"):
                 continue
             if view not in self.views:
                 raise MethodError(f"method {self.name}: {who} reads view '{view}', but the views are "
@@ -144,6 +158,13 @@ class Method:
                 hint = {"candidates": "TopK(k)", "full": "Full()"}.get(what, "TopK(k) or Full()")
                 raise MethodError(f"method {self.name}: {who} reads the {what} of view '{view}', which has support "
                                   f"{given}; give that view support={hint}")  # fmt: skip
+
+    def reads_student(self, source: str) -> bool:
+        """Whether a term on this source needs the student's own log-probs before the update."""
+        terms = [term for term in self.terms if term.on == source]
+        supports = [self.views[view].support for term in terms for _, view, _ in self._needs(term) if view in self.views]
+        read = any(view == "student" for term in terms for _, view, _ in self._needs(term))
+        return read or any(isinstance(support, TopK) for support in supports)
 
     @property
     def needs_reward(self) -> bool:
@@ -237,15 +258,26 @@ def build_method(name: str, arguments: Mapping[str, Any]) -> Method:
     """Make a method from a recipe's name and arguments. Raises RecipeError or MethodError."""
     function = method_function(name)
     known = inspect.signature(function).parameters
-    for given in arguments:
+    for given, value in arguments.items():
         if given not in known:
             raise RecipeError(f"method {name} has no argument '{given}'{nearest(given, list(known))}")
+        _check_argument(name, known[given], value)
     try:
         return function(**arguments)
     except (TypeError, ValueError) as error:
         if isinstance(error, MethodError):
             raise
         raise RecipeError(f"method {name}: {error}") from error
+
+
+def _check_argument(name: str, argument: inspect.Parameter, value: Any) -> None:
+    """Raise RecipeError unless `value` fits the argument's annotation (numbers are not made from strings)."""
+    try:
+        TypeAdapter(argument.annotation, config=ConfigDict(strict=True)).validate_python(value)
+    except ValidationError as error:
+        raise RecipeError(
+            f"method {name}: {argument.name}={value!r}: expected {inspect.formatannotation(argument.annotation)}"
+        ) from error
 
 
 def method_table() -> list[tuple[str, str, str]]:
@@ -264,6 +296,6 @@ def explain(name: str) -> str:
     """Docstring, arguments with defaults, and composition of a method. Raises RecipeError for an unknown name."""
     function = method_function(name)
     doc = inspect.getdoc(importlib.import_module(f"opdkit.methods.{name}"))
-    arguments = [f"  {p.name}: {p.annotation if isinstance(p.annotation, str) else getattr(p.annotation, '__name__', p.annotation)}"
-                 f" = {p.default!r}" for p in inspect.signature(function).parameters.values()]  # fmt: skip
+    arguments = [f"  {p.name}: {inspect.formatannotation(p.annotation)} = {p.default!r}"
+                 for p in inspect.signature(function).parameters.values()]  # fmt: skip
     return f"{doc}\n\nArguments:\n" + "\n".join(arguments) + f"\n\nComposition with the defaults:\n{function()}"

@@ -19,12 +19,14 @@ from typing import Any
 from torch import Tensor
 
 from opdkit.config import nearest
+from opdkit.errors import MethodError
 from opdkit.step import Step
 
 
 @dataclass(frozen=True)
 class _Function:
     call: Callable[..., Any]
+    make: Callable[..., "Piece"]
     needs: tuple[str, ...]
 
 
@@ -65,7 +67,6 @@ def piece(*needs: str) -> Callable[[Callable[..., Tensor]], Callable[..., Piece]
     def wrap(function: Callable[..., Tensor]) -> Callable[..., Piece]:
         name = function.__name__
         signature = inspect.signature(function)
-        _FUNCTIONS[name] = _Function(function, needs)
 
         def make(**arguments: Any) -> Piece:
             known = list(signature.parameters)[1:]
@@ -77,16 +78,20 @@ def piece(*needs: str) -> Callable[[Callable[..., Tensor]], Callable[..., Piece]
             return Piece(name, tuple(bound.arguments.items())[1:])
 
         make.__name__, make.__doc__ = name, function.__doc__
+        _FUNCTIONS[name] = _Function(function, make, needs)
         return make
 
     return wrap
 
 
 def make_piece(name: str, arguments: dict[str, Any]) -> Piece:
-    """A piece by name, as a serialised method gives it. Raises ValueError for an unknown name."""
+    """A piece by name, as a serialised method gives it. Raises MethodError for an unknown name or argument."""
     if name not in _FUNCTIONS:
-        raise ValueError(f"unknown piece '{name}'{nearest(name, list(_FUNCTIONS))}")
-    return Piece(name, tuple(arguments.items()))
+        raise MethodError(f"unknown piece '{name}'{nearest(name, list(_FUNCTIONS))}")
+    try:
+        return _FUNCTIONS[name].make(**arguments)
+    except TypeError as error:
+        raise MethodError(f"piece {name}: {error}") from error
 
 
 @piece()
@@ -101,6 +106,8 @@ def _plus(step: Step, *, parts: tuple[Piece, ...]) -> Tensor:
 def _times(step: Step, *, parts: tuple[Piece, ...]) -> Tensor:
     first, *rest = (part(step) for part in parts)
     for other in rest:
+        if first.ndim == 1 and other.ndim == 2:
+            first, other = other, first
         first = first * (other[:, None] if first.ndim == 2 and other.ndim == 1 else _same_shape(first, other, parts))
     return first
 

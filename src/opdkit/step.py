@@ -74,7 +74,8 @@ class Layout:
 
     def after(self, x: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
         """Sum over this and the later tokens of the same sequence (reward to go)."""
-        return self.spread(self.seq_sum(x)) - self.before(x)
+        wide = x.double()  # for the same reason as in `before`
+        return (self.spread(self.seq_sum(wide)) - self.before(wide)).to(x.dtype)
 
 
 @runtime_checkable

@@ -10,13 +10,21 @@ Defaults: k = 16, of and by student: the released script's. Its paper writes the
 gradient is 0 at k = 1. Raw uniform weights are 1 a candidate, as released.
 """
 
+from typing import Literal
+
 from opdkit.losses import SupportPolicyGradient
 from opdkit.method import Method, Term, View
 from opdkit.signals import support_gap
 from opdkit.support import Of, TopK
 
 
-def topk_opd(*, teacher: str = "teacher", k: int = 16, of: Of = "student", by: str = "student") -> Method:
+def topk_opd(
+    *,
+    teacher: str = "teacher",
+    k: int = 16,
+    of: Of = "student",
+    by: Literal["student", "teacher", "uniform"] = "student",
+) -> Method:
     signal = support_gap(by=by, raw=of == "difference")
     return Method(
         name="topk_opd",

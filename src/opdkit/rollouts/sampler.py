@@ -1,24 +1,28 @@
 """Sampling responses in process with transformers, recording what the training step needs.
 
-Axes: P prompts, R rows (sequences that decode together), V real vocabulary, D hidden.
+Axes: R rows (sequences that decode together), r of them still live, T sampled tokens, D hidden.
 
 A prompt is prefilled once for its whole group; prompt positions never reach the vocabulary head; finished rows leave
-the batch. The log-prob, entropy and top-k of every sampled position are kept, so the student is not scored again.
-The uniform number that draws token t of row r depends on (seed, r, t) only, so results do not depend on how rows are
-batched. Left out: paged caches and speculative decoding.
+the batch. The log-prob, entropy and top-k of every sampled position are kept, so the student is not scored again. The
+uniform number that draws token t of response j to a prompt depends on (seed, prompt, j, t) only, so results do not
+depend on which rows share a batch. Left out: samplers in other processes, beams.
 """
 
+import hashlib
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from opdkit.head import Head
-from opdkit.losses import NO_MASS
+from opdkit.errors import DataError, NonFiniteError, RecipeError
 from opdkit.models import LanguageModel
+from opdkit.rollouts.decoder import Decoder, compaction
+from opdkit.rollouts.draw import draw
 from opdkit.rollouts.rollout import Capture
+from opdkit.rollouts.stopping import StopStrings
 
 
 @dataclass(frozen=True)
@@ -53,60 +57,124 @@ class Sample:
     capture: Capture
 
 
-@torch.no_grad()
 def sample(
     lm: LanguageModel, prompts: Sequence[Sequence[int]], how: Sampling, seed: int, keep: Keep | None = None
 ) -> list[list[Sample]]:
     """Sample `how.group` responses to every prompt. Returns one list of samples per prompt, in the order given.
 
-    Deterministic in (weights, prompts, how, seed). Raises ValueError when a top-k exceeds the vocabulary.
+    Deterministic in (weights, prompts, how, seed); torch's global random state is neither read nor changed. Raises
+    RecipeError for settings that cannot work with this model, DataError for a prompt that is empty or leaves no room
+    for `max_new_tokens`, and NonFiniteError when the model returns NaN.
     """
     keep = keep or Keep()
-    head = lm.head().at(how.temperature or 1.0)
-    if max(keep.top_k, how.top_k) > head.size:
-        raise ValueError(
-            f"top-k of {max(keep.top_k, how.top_k)} exceeds the vocabulary of {head.size} ids; ask for less"
+    _check(lm, prompts, how, keep)
+    keys = _keys(prompts, seed)
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # similar lengths: little padding
+    rows = [(i, j) for i in order for j in range(how.group)]
+    size = max(how.max_rows // how.group * how.group, min(how.max_rows, how.group))  # whole groups where they fit
+    found: dict[tuple[int, int], Sample] = {}
+    for start in range(0, len(rows), size):
+        wave = rows[start : start + size]
+        chosen = list(dict.fromkeys(i for i, _ in wave))
+        place = {i: n for n, i in enumerate(chosen)}
+        noise = torch.stack([_noise(keys[i], j, how.max_new_tokens) for i, j in wave])
+        samples = _wave(lm, [prompts[i] for i in chosen], [place[i] for i, _ in wave], how, keep, noise)
+        found |= zip(wave, samples, strict=True)
+    return [[found[i, j] for j in range(how.group)] for i in range(len(prompts))]
+
+
+def _check(lm: LanguageModel, prompts: Sequence[Sequence[int]], how: Sampling, keep: Keep) -> None:
+    vocab = lm.head().size
+    if (most := max(keep.top_k, how.top_k)) > vocab:
+        raise RecipeError(f"top-k of {most} exceeds the vocabulary of {vocab} ids; ask for at most that many")
+    if not all(how.stop):
+        raise RecipeError("an empty stop string would end every response at once; remove it from sampling.stop")
+    eos = how.eos_ids or lm.eos_ids
+    if not any(0 <= i < vocab for i in eos):
+        raise RecipeError(
+            f"none of the EOS ids {list(eos)} is among the {vocab} ids of the vocabulary, so no response could end; "
+            "set sampling.eos_ids"
         )
-    noise = _noise(len(prompts) * how.group, how.max_new_tokens, seed).to(lm.device)
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    size = max(1, how.max_rows // how.group)
-    found: dict[int, list[Sample]] = {}
-    for start in range(0, len(order), size):
-        wave = order[start : start + size]
-        rows = [i * how.group + j for i in wave for j in range(how.group)]
-        samples = _decode(lm, head, [prompts[i] for i in wave], how, keep, noise[rows])
-        for n, i in enumerate(wave):
-            found[i] = samples[n * how.group : (n + 1) * how.group]
-    return [found[i] for i in range(len(prompts))]
+    room = lm.context_length - how.max_new_tokens
+    for i, prompt in enumerate(prompts):
+        if not 0 < len(prompt) <= room:
+            raise DataError(
+                f"prompt {i} has {len(prompt)} tokens; expected 1 to {room}, the context of {lm.context_length} less "
+                f"max_new_tokens = {how.max_new_tokens}"
+            )
 
 
-def _noise(rows: int, length: int, seed: int) -> Float[Tensor, "R T"]:
+def _keys(prompts: Sequence[Sequence[int]], seed: int) -> list[str]:
+    """One random-number key per prompt: of its tokens, and of how many equal prompts come before it."""
+    before: Counter[tuple[int, ...]] = Counter()
+    keys = []
+    for prompt in map(tuple, prompts):
+        keys.append(f"{seed}/{before[prompt]}/{prompt}")
+        before[prompt] += 1
+    return keys
+
+
+def _noise(key: str, response: int, length: int) -> Float[Tensor, " T"]:
     """Uniform numbers in [0, 1): float64, so that inverse-CDF sampling resolves rare tokens."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.rand(rows, length, generator=generator, dtype=torch.float64)
+    digest = hashlib.blake2b(f"{key}/{response}".encode(), digest_size=8).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
+    return torch.rand(length, generator=generator, dtype=torch.float64)
 
 
-def prefill(lm: LanguageModel, prompts: Sequence[Sequence[int]]):  # type: ignore[no-untyped-def]
-    """Run left-padded prompts once. Returns (cache, last hidden state [P, D], attention mask [P, T] or None)."""
-    from transformers import DynamicCache
+def _wave(
+    lm: LanguageModel, prompts: Sequence[Sequence[int]], owner: Sequence[int], how: Sampling, keep: Keep,
+    noise: Float[Tensor, "R T"],
+) -> list[Sample]:  # fmt: skip
+    """Sample rows that start together; row i answers prompt owner[i]."""
+    record, count = _Recorder(), len(owner)
+    stopping = StopStrings(lm.tokenizer, how.stop)
+    # Without autograd's bookkeeping: 5 to 10 % of a small model's time. The record is put together outside of it,
+    # because tensors of inference mode may not take part in a backward pass.
+    with torch.inference_mode():
+        decoder = Decoder(lm, prompts, torch.tensor(owner, device=lm.device), how.max_new_tokens)
+        ended = _decode(lm, decoder, how, keep, noise.to(lm.device), stopping, record)
+    samples = []
+    for i, (tokens, *recorded) in enumerate(record.per_row(count)):
+        ids = tokens.tolist()
+        text = stopping.texts.get(i)
+        finish = "stop" if i in ended else "length" if text is None else "stop_string"
+        text = lm.tokenizer.decode(ids, skip_special_tokens=True) if text is None else text
+        samples.append(Sample(tuple(ids), finish, text, Capture(*recorded)))
+    if not all(bool(torch.isfinite(s.capture.logp).all()) for s in samples):
+        raise NonFiniteError(
+            f"model '{lm.name}' ({lm.path}) returned NaN or infinite log-probs while sampling; check its weights and "
+            "dtype"
+        )
+    return samples
 
-    width = max(len(p) for p in prompts)
-    ids = torch.zeros(len(prompts), width, dtype=torch.long)
-    mask = torch.zeros(len(prompts), width, dtype=torch.long)
-    for row, prompt in enumerate(prompts):
-        ids[row, width - len(prompt) :] = torch.tensor(prompt)
-        mask[row, width - len(prompt) :] = 1
-    ids, mask = ids.to(lm.device), mask.to(lm.device)
-    padded = bool((mask == 0).any())
-    cache = DynamicCache(config=lm.model.config)
-    output = lm.model.base_model(
-        input_ids=ids,
-        attention_mask=mask if padded else None,
-        position_ids=(mask.cumsum(-1) - 1).clamp(min=0) if padded else None,
-        past_key_values=cache,
-        use_cache=True,
-    )
-    return cache, output.last_hidden_state[:, -1], mask if padded else None
+
+def _decode(
+    lm: LanguageModel, decoder: Decoder, how: Sampling, keep: Keep, noise: Float[Tensor, "R T"],
+    stopping: StopStrings, record: "_Recorder",
+) -> set[int]:  # fmt: skip
+    """Draw token after token until every row is done. Returns the rows that an EOS token ended."""
+    head = lm.head().at(how.temperature or 1.0)
+    live = torch.arange(noise.shape[0], device=lm.device)
+    is_eos = torch.zeros(head.size, dtype=torch.bool, device=lm.device)
+    is_eos[[i for i in how.eos_ids or lm.eos_ids if i < head.size]] = True
+    ended: set[int] = set()
+    for t in range(how.max_new_tokens):
+        drawn = draw(head, decoder.hidden, noise[live, t], top_p=how.top_p, top_k=how.top_k,
+                     greedy=how.temperature == 0, keep_top=keep.top_k)  # fmt: skip
+        record.add(live, *drawn, *([decoder.hidden] if keep.hidden else []))
+        tokens = drawn.tokens
+        done = is_eos[tokens]
+        ended.update(live[done].tolist())
+        if how.stop:
+            done |= stopping.completed(live, tokens, done)
+        if t + 1 == how.max_new_tokens or bool(done.all()):
+            break
+        if bool(done.any()):
+            order = compaction(done)
+            live, tokens = live[order], tokens[order]
+            decoder.keep(order)
+        decoder.advance(tokens)
+    return ended
 
 
 class _Recorder:
@@ -123,115 +191,3 @@ class _Recorder:
         order = torch.argsort(rows, stable=True)  # steps are in time order, so positions stay in order
         lengths = torch.bincount(rows, minlength=count).tolist()
         return list(zip(*(value[order].split(lengths) for value in values), strict=True))
-
-
-def _decode(
-    lm: LanguageModel,
-    head: Head,
-    prompts: Sequence[Sequence[int]],
-    how: Sampling,
-    keep: Keep,
-    noise: Float[Tensor, "R T"],
-) -> list[Sample]:
-    cache, hidden, mask = prefill(lm, prompts)
-    total = len(prompts) * how.group
-    if how.group > 1:
-        cache.batch_repeat_interleave(how.group)
-        hidden = hidden.repeat_interleave(how.group, 0)
-        mask = None if mask is None else mask.repeat_interleave(how.group, 0)
-    lengths = torch.tensor([len(p) for p in prompts], device=lm.device).repeat_interleave(how.group)
-    live = torch.arange(total, device=lm.device)
-    finish = ["length"] * total
-    texts: list[str | None] = [None] * total
-    record = _Recorder()
-    so_far: list[list[int]] = [[] for _ in range(total)]
-    eos = torch.tensor(how.eos_ids or lm.eos_ids, device=lm.device)
-    for t in range(how.max_new_tokens):
-        tokens, seen = draw(head, hidden, noise[live, t], how, keep)
-        record.add(live, tokens, *seen, *([hidden] if keep.hidden else []))
-        done = torch.isin(tokens, eos)
-        for row in live[done].tolist():
-            finish[row] = "stop"
-        if how.stop:
-            done |= _stopped(lm, how.stop, live, tokens, done, so_far, texts, finish)
-        if t + 1 == how.max_new_tokens or bool(done.all()):
-            break
-        if bool(done.any()):
-            stay = torch.nonzero(~done).squeeze(1)
-            cache.batch_select_indices(stay)
-            live, tokens = live[stay], tokens[stay]
-            mask = None if mask is None else mask[stay]
-        if mask is not None:
-            mask = torch.cat([mask, mask.new_ones(mask.shape[0], 1)], 1)
-        hidden = lm.model.base_model(
-            input_ids=tokens[:, None],
-            attention_mask=mask,
-            position_ids=(lengths[live] + t)[:, None],
-            past_key_values=cache,
-            use_cache=True,
-        ).last_hidden_state[:, -1]
-    return [_finish(lm, row, finish[i], texts[i], keep) for i, row in enumerate(record.per_row(total))]
-
-
-def _finish(lm: LanguageModel, row: tuple[Tensor, ...], finish: str, text: str | None, keep: Keep) -> Sample:
-    ids, logp, behaviour, entropy, top_ids, top, *hidden = row
-    if text is None:
-        text = lm.tokenizer.decode(ids, skip_special_tokens=True)
-    capture = Capture(logp, behaviour, entropy, top_ids, top, hidden[0] if keep.hidden else None)
-    return Sample(tuple(ids.tolist()), finish, text, capture)
-
-
-def _stopped(
-    lm: LanguageModel, stop: Sequence[str], live: Int[Tensor, " r"], tokens: Int[Tensor, " r"], done: Bool[Tensor, " r"],
-    so_far: list[list[int]], texts: list[str | None], finish: list[str],
-) -> Bool[Tensor, " r"]:  # fmt: skip
-    """Which live rows have just completed a stop string; their text is cut where it begins."""
-    hit = torch.zeros_like(done)
-    for n, (row, token) in enumerate(zip(live.tolist(), tokens.tolist(), strict=True)):
-        so_far[row].append(token)
-        text = lm.tokenizer.decode(so_far[row], skip_special_tokens=True)
-        starts = [text.find(s) for s in stop if s in text]
-        if starts and not bool(done[n]):
-            hit[n], texts[row], finish[row] = True, text[: min(starts)], "stop_string"
-    return hit
-
-
-def draw(
-    head: Head, hidden: Float[Tensor, "r D"], uniform: Float[Tensor, " r"], how: Sampling, keep: Keep
-) -> tuple[Int[Tensor, " r"], tuple[Tensor, ...]]:
-    """Draw one token per row by inverse CDF. Returns (tokens, (logp, behaviour, entropy, top_ids, top)).
-
-    `logp` belongs to the temperature-scaled distribution over the whole vocabulary, `behaviour` to the truncated and
-    renormalised one that was drawn from.
-    """
-    full = head.logits(hidden).log_softmax(-1)
-    probs = full.exp()
-    entropy = -torch.linalg.vecdot(probs, full)
-    top = torch.topk(full, keep.top_k, dim=-1)
-    if how.temperature == 0:
-        tokens = full.argmax(-1)
-        logp = full.gather(1, tokens[:, None]).squeeze(1)
-        return tokens, (logp, torch.zeros_like(logp), entropy, top.indices, top.values)
-    kept, drawn = full, probs
-    if how.top_k or how.top_p < 1.0:
-        kept = truncate(full, how.top_k, how.top_p)
-        drawn = kept.exp()
-    cdf = drawn.cumsum(-1, dtype=torch.float64)
-    target = uniform * cdf[:, -1]
-    tokens = torch.searchsorted(cdf, target[:, None], right=True).squeeze(1).clamp(max=full.shape[1] - 1)
-    logp = full.gather(1, tokens[:, None]).squeeze(1)
-    behaviour = kept.gather(1, tokens[:, None]).squeeze(1) if kept is not full else logp
-    return tokens, (logp, behaviour, entropy, top.indices, top.values)
-
-
-def truncate(logp: Float[Tensor, "r V"], top_k: int, top_p: float) -> Float[Tensor, "r V"]:
-    """Keep the top_k tokens, then the smallest set of them whose mass reaches top_p of the rest; renormalise."""
-    ordered, ids = logp.sort(-1, descending=True)
-    drop = torch.zeros_like(ordered, dtype=torch.bool)
-    if top_k:
-        drop[:, top_k:] = True
-    if top_p < 1.0:
-        mass = ordered.masked_fill(drop, NO_MASS).softmax(-1)
-        drop |= mass.cumsum(-1) - mass >= top_p
-    dropped = torch.zeros_like(drop).scatter(1, ids, drop)
-    return logp.masked_fill(dropped, NO_MASS).log_softmax(-1)

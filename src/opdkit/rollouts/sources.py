@@ -26,15 +26,18 @@ def on_policy(
 
 
 def from_dataset(lm: LanguageModel, task: Task, prompts: Prompts, how: Sampling) -> list[Rollout]:
-    """The data set's response to each prompt, with EOS, cut at the token limit. Raises DataError where there is none."""
+    """The data set's response to each prompt, with EOS, cut at the token limit. Raises DataError if there is none."""
     rollouts = []
     for group, (problem, ids) in enumerate(prompts):
         text = task.target(problem) if task.target is not None else problem.answer
         if not text:
             raise DataError(f"problem {problem.id} has no response to train on; give the data an answer column")
-        tokens = (*lm.tokenizer.encode(text, add_special_tokens=False), how.eos_ids[0])
-        finish = "stop" if len(tokens) <= how.max_new_tokens else "length"
-        rollouts.append(Rollout(problem, ids, tokens[: how.max_new_tokens], text, group, finish, source="data"))
+        tokens = (*lm.tokenizer.encode(text, add_special_tokens=False), (how.eos_ids or lm.eos_ids)[0])
+        finish = "stop"
+        if len(tokens) > how.max_new_tokens:
+            finish, tokens = "length", tokens[: how.max_new_tokens]
+            text = lm.tokenizer.decode(tokens, skip_special_tokens=True)
+        rollouts.append(Rollout(problem, ids, tokens, text, group, finish, source="data"))
     return rollouts
 
 

@@ -1,8 +1,8 @@
 """Builds the testbed's models from scratch through the engine itself, once, into the user's cache folder.
 
-`testbed:NAME` in a recipe means one of BUILDS. Each is a recipe (supervised, or GRPO on the verifier) that starts from
+`testbed:NAME` in a recipe means one of BUILDS (`testbed:NAME@SEED`: with another seed). Each is a recipe (supervised, or GRPO on the verifier) that starts from
 a new model or from another build. The folder's name carries a hash of all that decides its content: the recipe, the
-parent, and the code of tokenizer, tasks and shapes.
+parent, and the code of tokenizer, tasks, grammar and shapes.
 """
 
 import fcntl
@@ -13,7 +13,7 @@ import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,7 @@ class Build:
     seed: int = 0
 
 
-def supervised(steps: int, schedule: str = "cosine", *, lr: float = 1.5e-3) -> Json:
+def supervised(steps: int, schedule: str = "cosine", *, lr: float = 2e-3) -> dict[str, Any]:
     """Sections of a supervised build: batches of 64, AdamW with warm-up."""
     return {
         "train": {"steps": steps, "prompts_per_step": 64},
@@ -51,31 +51,52 @@ def supervised(steps: int, schedule: str = "cosine", *, lr: float = 1.5e-3) -> J
 
 SUMS_A: Json = {"name": "sums", "settings": {"format": "a"}}
 SUMS_B: Json = {"name": "sums", "settings": {"format": "b"}}
+MIX: Json = {"name": "mix"}
+RL: Json = {
+    "method": GRPO,
+    "train": {"steps": 150, "prompts_per_step": 16},
+    "optim": {"lr": 2e-4, "warmup_steps": 10, "betas": [0.9, 0.99]},
+    "sampling": {"group": 8, "max_new_tokens": 24},
+}
 
 BUILDS: dict[str, Build] = {
-    "student": Build("0.23M parameters, barely taught sums in format a", "new:xs", SUMS_A, **supervised(250, "constant")),
-    "sft": Build("0.58M, taught sums in format a", "new:m", SUMS_A, **supervised(700)),
-    "sft-b": Build("0.58M, taught sums in format b", "new:m", SUMS_B, **supervised(700)),
+    "student": Build("0.23M parameters, stopped before it can add", "new:xs", SUMS_A, **supervised(350, "constant")),
+    "sft": Build("0.58M, sums in format a", "new:m", SUMS_A, **supervised(700, lr=3e-3)),
+    "sft-b": Build("0.58M, sums in format b", "new:m", SUMS_B, **supervised(700)),
+    "sft-l": Build("1.17M, sums in format a", "new:l", SUMS_A, **supervised(700)),
+    "base": Build("0.34M, the task mix: sums in both formats and a reasoning-gym task", "new:s", MIX, **supervised(800)),
+    "base-m": Build("0.58M, the task mix", "new:m", MIX, **supervised(800)),
+    "rl": Build("0.34M, base after GRPO on the verifier of sums", "base", SUMS_A, **RL),
 }
 
 
 def resolve(name: str, cache: Path) -> Path:
     """The folder of a testbed model, built when it is not in the cache. Raises ModelError for an unknown name."""
-    if name not in BUILDS:
-        raise ModelError(f"there is no testbed model '{name}'{nearest(name, list(BUILDS))}")
-    folder = cache / "testbed" / f"{name}-{content_hash(name)}"
+    build = find(name)
+    folder = cache / "testbed" / f"{name}-{content_hash(build)}"
     if not (folder / "config.json").is_file():
         with building(folder):
             if not (folder / "config.json").is_file():  # another process may have been faster
-                _build(name, folder, cache)
+                _build(name, build, folder, cache)
     return folder
 
 
-def content_hash(name: str) -> str:
+def find(name: str) -> Build:
+    """The build of a name, or of `NAME@SEED`. Raises ModelError for a name that is not in BUILDS."""
+    plain, at, seed = name.partition("@")
+    if plain not in BUILDS or (at and not seed.isdigit()):
+        raise ModelError(f"there is no testbed model '{name}'{nearest(plain, list(BUILDS))}")
+    build = BUILDS[plain]
+    if not at:
+        return build
+    parent = build.start if build.start.startswith("new:") else f"{build.start}@{seed}"
+    return replace(build, seed=int(seed), start=parent)
+
+
+def content_hash(build: Build) -> str:
     """Twelve hex digits over everything that decides a build's content."""
-    build = BUILDS[name]
-    parent = build.start if build.start.startswith("new:") else content_hash(build.start)
-    code = [(resources.files("opdkit.testbed") / f"{m}.py").read_text() for m in ("tokenizer", "tasks", "shapes")]
+    parent = build.start if build.start.startswith("new:") else content_hash(find(build.start))
+    code = [(resources.files("opdkit.testbed") / f"{m}.py").read_text() for m in ("tokenizer", "tasks", "grammar", "shapes")]
     parts = [parent, json.dumps(_recipe(build, "", ""), sort_keys=True), *code]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:12]
 
@@ -95,13 +116,13 @@ def _recipe(build: Build, student: str, output: str) -> Json:
     }
 
 
-def _build(name: str, folder: Path, cache: Path) -> None:
+def _build(name: str, build: Build, folder: Path, cache: Path) -> None:
     from opdkit.testbed.shapes import new_model
     from opdkit.testbed.tokenizer import testbed_tokenizer
     from opdkit.train.checkpoint import latest_checkpoint
     from opdkit.train.loop import train
 
-    build, work = BUILDS[name], folder.with_name(f".{folder.name}.work")
+    work = folder.with_name(f".{folder.name}.work")
     shutil.rmtree(work, ignore_errors=True)
     kind, _, shape = build.start.partition(":")
     if kind == "new":

@@ -1,10 +1,14 @@
 """The `sums` language: a chain of additions and subtractions, and two ways of working it out in writing.
 
-Both formats write the same digits, those of the running totals, units first and padded to one width; they differ in
-the order and the marks. For 47+85-36 the totals are 132 and 96:
+Both formats write the same cells, one for each step and column, and differ in their order and marks. A cell is the
+carry out of the column (`0`, `1`, or `-` for a borrow) and the digit; the last column is written as the number that
+it is. For 47+85-36 the cells are 12 13 (7+5 = 12, 4+8+1 = 13) and -6 09 (2-6 borrows and leaves 6, 13-3-1 = 9):
 
-    a   by rows     `231 690=96`       every running total in turn
-    b   by columns  `u26t39h10=96`     units of all totals, then tens, then hundreds
+    a   by steps    `1213 -609=96`    all columns of a step, units first, then the next step
+    b   by columns  `u12-6t1309=96`   the units of all steps, then the tens, then the hundreds
+
+The carry comes before the digit on purpose: whether a column overflows is learned early, and given that, the digit is
+easy. Without it small models spend hundreds of steps without any progress on the digits.
 
 Left out: negative totals, other operators, numbers of different length.
 """
@@ -17,7 +21,7 @@ from typing import Literal
 
 Format = Literal["a", "b"]
 FORMATS: tuple[Format, ...] = ("a", "b")
-COLUMNS = "uthk"  # units, tens, hundreds, thousands
+COLUMNS = "uth"  # units, tens, hundreds
 
 
 @dataclass(frozen=True)
@@ -32,18 +36,13 @@ class Chain:
         return "".join(f"{term:+d}" for term in self.terms).removeprefix("+") + "="
 
     @property
-    def totals(self) -> tuple[int, ...]:
-        """The running totals after the second and each later term."""
-        return tuple(accumulate(self.terms))[1:]
-
-    @property
-    def width(self) -> int:
-        """Columns of the written totals: one more than the digits of the longest term."""
-        return len(str(max(abs(term) for term in self.terms))) + 1
+    def columns(self) -> int:
+        """Digits of the longest term."""
+        return len(str(max(abs(term) for term in self.terms)))
 
     @property
     def answer(self) -> str:
-        return str(self.totals[-1])
+        return str(sum(self.terms))
 
 
 def parse(prompt: str) -> Chain:
@@ -64,11 +63,22 @@ def draw(random: Random, terms: int, digits: int) -> Chain:
 
 def solution(chain: Chain, layout: Format) -> str:
     """The written solution in a format, ending in `=` and the answer in ordinary notation."""
-    rows = [str(total).zfill(chain.width)[::-1] for total in chain.totals]
+    totals = list(accumulate(chain.terms))
+    steps = [_cells(total, term, chain.columns) for total, term in zip(totals, chain.terms[1:], strict=False)]
     if layout == "a":
-        return " ".join(rows) + "=" + chain.answer
-    columns = ["".join(digits) for digits in zip(*rows, strict=True)]
-    return "".join(mark + column for mark, column in zip(COLUMNS, columns, strict=False)) + "=" + chain.answer
+        return " ".join("".join(cells) for cells in steps) + "=" + chain.answer
+    marked = [mark + "".join(cells) for mark, cells in zip(COLUMNS, zip(*steps, strict=True), strict=False)]
+    return "".join(marked) + "=" + chain.answer
+
+
+def _cells(total: int, term: int, columns: int) -> list[str]:
+    """What one step writes in each column, units first: two characters each."""
+    sign = 1 if term >= 0 else -1
+    cells = []
+    for base in (10**column for column in range(1, columns)):
+        carry = (total % base + sign * (abs(term) % base)) // base
+        cells.append({-1: "-", 0: "0", 1: "1"}[carry] + str((total + term) // (base // 10) % 10))
+    return [*cells, str((total + term) // 10 ** (columns - 1)).zfill(2)]
 
 
 def final_answer(response: str) -> str:

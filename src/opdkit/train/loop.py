@@ -22,7 +22,7 @@ from opdkit.rollouts.flatten import flatten
 from opdkit.rollouts.rollout import Rollout
 from opdkit.rollouts.sources import roll_out
 from opdkit.step import Scores, Step
-from opdkit.support import Full, Sampled, TopK
+from opdkit.support import Full, Sampled
 from opdkit.train.checkpoint import latest_checkpoint, load_checkpoint, load_weights, save_checkpoint
 from opdkit.train.data import PromptOrder
 from opdkit.train.evaluate import evaluate, summary
@@ -76,7 +76,7 @@ def train(recipe: Recipe, *, resume: bool = False) -> Path:
                 with clock("sample"):
                     rollouts = sample_step(setup, order, step)
                 with clock("score"), keep_batch(run, step, rollouts):
-                    steps = {name: make_step(setup, rollouts[name], step, state) for name in rollouts}
+                    steps = {name: make_step(setup, name, rollouts[name], step, state) for name in rollouts}
                     found = streams(method, steps, r.train.reduction)
                 with clock("update"), keep_batch(run, step, rollouts, steps):
                     numbers = update(setup, rollouts, steps, found)
@@ -127,7 +127,7 @@ def sample_step(setup: Setup, order: PromptOrder, step: int) -> dict[str, list[R
 
 
 @torch.no_grad()
-def make_step(setup: Setup, rollouts: list[Rollout], step: int, state: Mapping[str, Any]) -> Step:
+def make_step(setup: Setup, source: str, rollouts: list[Rollout], step: int, state: Mapping[str, Any]) -> Step:
     """Flatten one source's rollouts and score every view on them."""
     r, student = setup.recipe, setup.student
     flat = flatten(
@@ -141,7 +141,7 @@ def make_step(setup: Setup, rollouts: list[Rollout], step: int, state: Mapping[s
     budget, k = r.train.score_tokens, min(r.log.top_k, student.head().size)
     views: dict[str, Scores] = dict(flat.views)
     with setup.accelerator.autocast():
-        missing = "student" not in views and any(isinstance(v.support, TopK) for v in setup.method.views.values())
+        missing = "student" not in views and setup.method.reads_student(source)
         if missing or (r.sampling.rescore and "student" in views):
             support = Full() if setup.needs_student_head else Sampled()
             views["student"] = score(student, rollouts, flat, support, budget=budget, top_k=setup.keep.top_k)

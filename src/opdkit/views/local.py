@@ -31,8 +31,8 @@ def micro_batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
 
 
 def pad(rollouts: Sequence[Rollout], device: torch.device) -> Int[Tensor, "B T"]:
-    """Prompt and response of each rollout, padded on the right with id 0; the last token is never read."""
-    rows = [torch.tensor(r.prompt_ids + r.response_ids) for r in rollouts]
+    """Prompt and response of each rollout but for the last token, which predicts nothing; right padding with id 0."""
+    rows = [torch.tensor((r.prompt_ids + r.response_ids)[:-1]) for r in rollouts]
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device)
 
 
@@ -82,8 +82,10 @@ def score(
         bad |= ~torch.isfinite(scores.candidates.teacher).all(-1)
     if bool(bad.any()):
         sequences = step.layout.seq[bad].unique().tolist()
-        raise NonFiniteError(f"model '{lm.name}' ({lm.path}) returned NaN or infinite log-probs for {int(bad.sum())} of "
-                             f"{bad.numel()} tokens, in sequences {sequences[:5]} of the step; check its weights and dtype")  # fmt: skip
+        raise NonFiniteError(
+            f"model '{lm.name}' ({lm.path}) returned NaN or infinite log-probs for {int(bad.sum())} of {bad.numel()} "
+            f"tokens, in sequences {sequences[:5]} of the step; check its weights and dtype"
+        )
     return scores
 
 

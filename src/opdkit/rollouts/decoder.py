@@ -1,0 +1,84 @@
+"""Rows that decode together: their cache, padding and positions, and the model's forward pass.
+
+Axes: P prompts, R rows at the start, r rows that are still live, T prompt tokens with padding, D hidden.
+
+Every prompt is read once, padded on the left, whatever the number of its rows. Only hidden states leave this file: the
+vocabulary head is the sampler's business. Left out: paged caches and speculative decoding.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from opdkit.errors import ModelError
+from opdkit.models import LanguageModel
+
+
+class Decoder:
+    """The model half of sampling. `hidden` [r, D] are the states that predict the next token of each live row."""
+
+    hidden: Float[Tensor, "r D"]
+
+    def __init__(
+        self, lm: LanguageModel, prompts: Sequence[Sequence[int]], owner: Int[Tensor, " R"], new_tokens: int
+    ) -> None:
+        """Read the prompts; row i goes on from prompt owner[i], for at most `new_tokens` tokens."""
+        from opdkit.rollouts.cache import make_cache
+
+        self.lm = lm
+        self.seen = max(len(p) for p in prompts)
+        lengths = torch.tensor([len(p) for p in prompts])
+        ids = torch.zeros(len(prompts), self.seen, dtype=torch.long)
+        for row, prompt in enumerate(prompts):
+            ids[row, self.seen - len(prompt) :] = torch.tensor(prompt)
+        mask = (torch.arange(self.seen) >= self.seen - lengths[:, None]).long().to(lm.device)
+        self.cache = make_cache(lm.model.config)
+        self.mask = None
+        positions = torch.arange(self.seen, device=lm.device)[None]
+        if bool((lengths < self.seen).any()):
+            self.mask = torch.cat([mask, mask.new_ones(len(prompts), new_tokens)], 1)
+            positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        hidden = self._forward(ids.to(lm.device), positions)
+        self.positions = lengths.to(lm.device) if self.mask is not None else lengths[:1].to(lm.device)
+        self.cache.reorder_cache(owner)
+        self.hidden = hidden[owner]
+        if self.mask is not None:
+            self.mask, self.positions = self.mask[owner], self.positions[owner]
+
+    def keep(self, order: Int[Tensor, " r"]) -> None:
+        """Go on with some of the rows: row i becomes what row order[i] was."""
+        self.cache.reorder_cache(order)
+        if self.mask is not None:
+            self.mask, self.positions = self.mask[order], self.positions[order]
+
+    def advance(self, tokens: Int[Tensor, " r"]) -> None:
+        """Feed one token to every row."""
+        self.seen += 1
+        self.hidden = self._forward(tokens[:, None], self.positions[:, None])
+        self.positions = self.positions + 1
+
+    def _forward(self, ids: Int[Tensor, "r n"], positions: Int[Tensor, "s n"]) -> Float[Tensor, "r D"]:
+        output = self.lm.model.base_model(
+            input_ids=ids,
+            attention_mask=None if self.mask is None else self.mask[:, : self.seen],
+            position_ids=positions,
+            past_key_values=self.cache,
+            use_cache=True,
+        )
+        if output.get("past_key_values") is not self.cache:  # it would forget the prompt without a word
+            raise ModelError(
+                f"{self.lm.name} ({self.lm.path}, {type(self.lm.model).__name__}) does not use the transformers "
+                "key-value cache, so responses cannot be sampled from it; use a model with attention layers"
+            )
+        return output.last_hidden_state[:, -1]
+
+
+def compaction(done: Bool[Tensor, " r"]) -> Int[Tensor, " k"]:
+    """An order of the rows that are not done in which the fewest rows move: the last live ones fill the gaps."""
+    live = torch.nonzero(~done).squeeze(1)
+    count = live.shape[0]
+    order = torch.arange(count, device=done.device)
+    order[done[:count]] = live[live >= count]
+    return order

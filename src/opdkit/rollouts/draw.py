@@ -1,0 +1,121 @@
+"""Drawing one token per row from hidden states, with the numbers that are recorded about the draw.
+
+Axes: r rows, V real vocabulary, D hidden, k tokens that truncation leaves, Kt size of the recorded top-k list.
+
+A draw inverts the cumulative distribution at a given uniform number, summed in float64: it is a function of (logits,
+number), and never a token of probability 0. On the CPU a large vocabulary is worked through in blocks of rows.
+"""
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from opdkit.head import Head, blocks
+from opdkit.losses import NO_MASS
+
+SEGMENT = 512  # vocabulary entries whose masses are added up before one of them is searched
+NUCLEUS = 64  # most probable ids that are looked at first when top-p needs an order
+
+
+class Draw(NamedTuple):
+    """One token for each row and its record (nats)."""
+
+    tokens: Int[Tensor, " r"]
+    logp: Float[Tensor, " r"]  # under softmax(logits / temperature) over the whole vocabulary
+    behaviour: Float[Tensor, " r"]  # under the truncated, renormalised distribution that was drawn from
+    entropy: Float[Tensor, " r"]
+    top_ids: Int[Tensor, "r Kt"]  # most probable ids, best first
+    top: Float[Tensor, "r Kt"]
+
+
+def draw(
+    head: Head,
+    hidden: Float[Tensor, "r D"],
+    uniform: Float[Tensor, " r"],
+    *,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    greedy: bool = False,
+    keep_top: int = 1,
+) -> Draw:
+    """Draw one token per row. `uniform` is float64 in [0, 1); `greedy` takes the most probable token instead."""
+    z = head.logits(hidden)
+    parts = [slice(None)] if z.is_cuda else blocks(*z.shape)
+    found = [_draw_rows(z[part], uniform[part], top_p, top_k, greedy, keep_top) for part in parts]
+    return found[0] if len(found) == 1 else Draw(*(torch.cat(column) for column in zip(*found, strict=True)))
+
+
+def _draw_rows(
+    z: Float[Tensor, "r V"], uniform: Float[Tensor, " r"], top_p: float, top_k: int, greedy: bool, keep_top: int
+) -> Draw:
+    logp = z.log_softmax(-1)
+    p = logp.exp()
+    entropy = -torch.linalg.vecdot(p, logp)
+    top = torch.topk(logp, keep_top, dim=-1)
+
+    def at(values: Tensor, index: Tensor) -> Tensor:
+        return values.gather(1, index[:, None]).squeeze(1)
+
+    if greedy:  # of the logits: two of them can round to one log-prob
+        tokens = z.argmax(-1)
+        return Draw(tokens, at(logp, tokens), torch.zeros_like(entropy), entropy, top.indices, top.values)
+    if top_k or top_p < 1.0:
+        ids, kept = truncate(logp, top_k, top_p)
+        column = inverse_cdf(kept.exp(), uniform)
+        tokens = at(ids, column)
+        return Draw(tokens, at(logp, tokens), at(kept, column), entropy, top.indices, top.values)
+    tokens = inverse_cdf(p, uniform)
+    chosen = at(logp, tokens)
+    return Draw(tokens, chosen, chosen, entropy, top.indices, top.values)
+
+
+def inverse_cdf(p: Float[Tensor, "r V"], uniform: Float[Tensor, " r"]) -> Int[Tensor, " r"]:
+    """The first index at which the running sum of p exceeds uniform x its total; `p` need not be normalised."""
+    vocab = p.shape[1]
+    if vocab <= 2 * SEGMENT:
+        return _search(p.cumsum(-1, dtype=torch.float64), uniform[:, None])[0].squeeze(1)
+    whole = vocab - vocab % SEGMENT
+    mass = p[:, :whole].unflatten(1, (-1, SEGMENT)).sum(-1).double()
+    if whole < vocab:
+        mass = torch.cat([mass, p[:, whole:].sum(-1, keepdim=True).double()], 1)
+    cdf = mass.cumsum(-1)
+    segment, target = _search(cdf, uniform[:, None])
+    size = mass.gather(1, segment)
+    share = ((target - cdf.gather(1, segment) + size) / size).clamp(0.0, 1.0)  # how far into the segment
+    columns = segment * SEGMENT + torch.arange(SEGMENT, device=p.device)
+    inside = p.gather(1, columns.clamp(max=vocab - 1)).masked_fill(columns >= vocab, 0.0)
+    index = segment * SEGMENT + _search(inside.cumsum(-1, dtype=torch.float64), share)[0]
+    return index.clamp(max=vocab - 1).squeeze(1)
+
+
+def _search(
+    cdf: Float[Tensor, "r n"], uniform: Float[Tensor, "r 1"]
+) -> tuple[Int[Tensor, "r 1"], Float[Tensor, "r 1"]]:
+    """The first running sum above uniform x total, and that product. An entry of mass 0 is never the first."""
+    total = cdf[:, -1:]
+    # u just below 1 times the total can round to the total, which no running sum exceeds
+    target = torch.minimum(uniform * total, torch.nextafter(total, torch.zeros_like(total)))
+    return torch.searchsorted(cdf, target, right=True).clamp(max=cdf.shape[1] - 1), target  # the end: only for NaN
+
+
+def truncate(logp: Float[Tensor, "r V"], top_k: int, top_p: float) -> tuple[Int[Tensor, "r k"], Float[Tensor, "r k"]]:
+    """Keep the top_k tokens, then the smallest set of them whose mass reaches top_p of theirs; renormalise.
+
+    Returns ids, most probable first, and their new log-probs; a dropped token has log-prob NO_MASS. 0 and 1.0 = off.
+    """
+    vocab = logp.shape[1]
+    top = torch.topk(logp, top_k or min(vocab, NUCLEUS), dim=-1)
+    while not top_k and top.values.shape[1] < vocab and not _covers(top.values, top_p):
+        top = torch.topk(logp, min(vocab, 8 * top.values.shape[1]), dim=-1)
+    if top_p == 1.0:
+        return top.indices, top.values.log_softmax(-1)
+    mass = (top.values.log_softmax(-1) if top_k else top.values).double().exp()
+    dropped = mass.cumsum(-1) - mass >= top_p
+    return top.indices, top.values.masked_fill(dropped, NO_MASS).log_softmax(-1).masked_fill(dropped, NO_MASS)
+
+
+def _covers(values: Float[Tensor, "r k"], top_p: float) -> bool:
+    """Whether the listed tokens hold top_p of the mass in every row, with room for rounding."""
+    return bool((values.double().exp().sum(-1) > top_p + 1e-5).all())
