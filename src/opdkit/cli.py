@@ -6,6 +6,7 @@ each command imports what it calls when it runs, because `opd --help` must not w
 
 import ast
 import json
+import os
 import re
 from itertools import groupby
 from pathlib import Path
@@ -86,6 +87,9 @@ def main(
     ] = False,
 ) -> None:
     """On-policy distillation of language models."""
+    # Read when torch starts its threads: threads that spin while they wait make two processes on two cores, or one
+    # process beside anything else, several times slower. A value that the user has set stays.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 @app.command("demo")

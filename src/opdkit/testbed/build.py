@@ -1,8 +1,8 @@
 """Builds the testbed's models from scratch through the engine itself, once, into the user's cache folder.
 
-`testbed:NAME` in a recipe means one of BUILDS (`testbed:NAME@SEED`: with another seed). Each is a recipe (supervised, or GRPO on the verifier) that starts from
-a new model or from another build. The folder's name carries a hash of all that decides its content: the recipe, the
-parent, and the code of tokenizer, tasks, grammar and shapes.
+`testbed:NAME` in a recipe means one of BUILDS (`testbed:NAME@SEED`: with another seed). Each is a recipe (supervised, or
+GRPO on the verifier) that starts from a new model or from another build. The folder's name carries a hash of all that
+decides its content: the recipe, the parent, and the code of tokenizer, tasks, grammar and shapes.
 """
 
 import fcntl
@@ -64,7 +64,7 @@ BUILDS: dict[str, Build] = {
     "sft": Build("0.58M, sums in format a", "new:m", SUMS_A, **supervised(700, lr=3e-3)),
     "sft-b": Build("0.58M, sums in format b", "new:m", SUMS_B, **supervised(700)),
     "sft-l": Build("1.17M, sums in format a", "new:l", SUMS_A, **supervised(700)),
-    "base": Build("0.34M, the task mix: sums in both formats and a reasoning-gym task", "new:s", MIX, **supervised(800)),
+    "base": Build("0.34M, the task mix: sums in both formats, reasoning-gym", "new:s", MIX, **supervised(800)),
     "base-m": Build("0.58M, the task mix", "new:m", MIX, **supervised(800)),
     "rl": Build("0.34M, base after GRPO on the verifier of sums", "base", SUMS_A, **RL),
 }
@@ -73,7 +73,7 @@ BUILDS: dict[str, Build] = {
 def resolve(name: str, cache: Path) -> Path:
     """The folder of a testbed model, built when it is not in the cache. Raises ModelError for an unknown name."""
     build = find(name)
-    folder = cache / "testbed" / f"{name}-{content_hash(build)}"
+    folder = cache / "testbed" / f"{name.partition('@')[0]}-{content_hash(build)}"
     if not (folder / "config.json").is_file():
         with building(folder):
             if not (folder / "config.json").is_file():  # another process may have been faster
@@ -96,7 +96,9 @@ def find(name: str) -> Build:
 def content_hash(build: Build) -> str:
     """Twelve hex digits over everything that decides a build's content."""
     parent = build.start if build.start.startswith("new:") else content_hash(find(build.start))
-    code = [(resources.files("opdkit.testbed") / f"{m}.py").read_text() for m in ("tokenizer", "tasks", "grammar", "shapes")]
+    code = [
+        (resources.files("opdkit.testbed") / f"{m}.py").read_text() for m in ("tokenizer", "tasks", "grammar", "shapes")
+    ]
     parts = [parent, json.dumps(_recipe(build, "", ""), sort_keys=True), *code]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:12]
 
