@@ -55,9 +55,9 @@ def report(rows: list[dict[str, float]]) -> str:
     ]
     lines += [f"| {r['seed']} | {r['teacher']:.1%} | {r['before']:.1%} | {r['after']:.1%} | {r['recovered']:.0%} | "
               f"{r['kl_before']:.4f} | {r['kl_after']:.4f} |" for r in rows]  # fmt: skip
-    holds = all(r["recovered"] > 0.5 for r in rows)
+    holds = sum(r["recovered"] > 0.5 for r in rows)
     lines += ["", f"Gap recovered: {mean:.0%} (standard error over seeds {error:.0%}). "
-              f"The claim {'holds' if holds else 'does NOT hold'} in {sum(r['recovered'] > 0.5 for r in rows)} of {len(rows)} seeds.", ""]  # fmt: skip
+              f"More than half of it in {holds} of {len(rows)} seeds.", ""]  # fmt: skip
     return "\n".join(lines)
 
 

@@ -80,7 +80,7 @@ def test_train_help_lists_every_field_and_cuts_nothing(width: int) -> None:
             assert re.sub(r"\bNone\b", "null", meaning) in words, name
         assert default == "required" or "default" in words
     if width == 200:
-        assert "train.precision fp32 | bf16 | fp16, default fp32 arithmetic of the forward pass (accelerate)" in words
+        assert "train.precision fp32 | bf16 | fp16, default fp32 arithmetic of forward passes (accelerate)" in words
         assert "sampling.eos_ids list[int] | null, default null token ids" in words
         assert "task.train_size int | null, default null training problems; null = all rows" in words
         assert "optim.betas tuple[float, float], default [0.9, 0.999] AdamW" in words

@@ -18,7 +18,7 @@ from opdkit.train.checkpoint import latest_checkpoint
 from opdkit.train.loop import dry_run, train
 
 EVERY_STEP = {"loss", "grad_norm", "lr", "response_length", "clipped_share", "tokens", "tokens_per_second",
-              "seconds/sample", "seconds/score", "seconds/update", "seconds/other", "seconds/step", "peak_memory_mb"}  # fmt: skip
+              "peak_memory_mb", *(f"seconds/{p}" for p in ("sample", "score", "update", "other", "step"))}  # fmt: skip
 WITH_TEACHER = {"reverse_kl", "entropy_student", "entropy_teacher", "entropy_gap", "overlap_ratio", "overlap_chance",
                 "overlap_token_advantage", "overlap_mass_student", "overlap_mass_teacher", "reward", "accuracy"}  # fmt: skip
 
@@ -70,7 +70,7 @@ def test_every_method_trains_and_logs_everything(recipe_data, method):
     path = run(recipe_data, method=method, train__steps=2)
     rows = metrics(path)
     assert [row["step"] for row in rows] == [1, 2]
-    assert EVERY_STEP | WITH_TEACHER <= rows[0].keys()
+    assert rows[0].keys() >= EVERY_STEP | WITH_TEACHER
     evals = metrics(path, "evals.jsonl")
     assert [(e["step"], e["who"]) for e in evals] == [(0, "student"), (0, "teacher"), (2, "student")]
     assert all(e["reverse_kl"] > 0 and e["reverse_kl_se"] > 0 for e in evals if e["who"] == "student")
@@ -82,7 +82,7 @@ def test_every_method_trains_and_logs_everything(recipe_data, method):
 def test_methods_without_a_teacher(recipe_data, name):
     group = 1 if name == "sft" else 4
     path = run(recipe_data, method={"name": name}, teachers={}, train__steps=2, sampling__group=group)
-    assert EVERY_STEP <= metrics(path)[0].keys()
+    assert metrics(path)[0].keys() >= EVERY_STEP
 
 
 def test_training_reduces_the_exact_reverse_kl(recipe_data):
@@ -91,8 +91,10 @@ def test_training_reduces_the_exact_reverse_kl(recipe_data):
     assert after < 0.5 * before
 
 
-@pytest.mark.parametrize("method", [{"name": "opd"}, {"name": "vopd"}, {"name": "gkd"}, {"name": "topk_opd", "of": "union", "k": 4}],
-                         ids=lambda m: m["name"])  # fmt: skip
+SOME = [{"name": "opd"}, {"name": "vopd"}, {"name": "gkd"}, {"name": "topk_opd", "of": "union", "k": 4}]
+
+
+@pytest.mark.parametrize("method", SOME, ids=lambda m: m["name"])
 def test_micro_batches_do_not_change_the_update(recipe_data, method, tmp_path):
     small = run(recipe_data, method=method, train__steps=1, train__microbatch_tokens=16, output=str(tmp_path / "a"))
     large = run(recipe_data, method=method, train__steps=1, train__microbatch_tokens=4096, output=str(tmp_path / "b"))
@@ -174,7 +176,10 @@ def test_kill_nine_then_resume_equals_the_uninterrupted_run(recipe_data, tmp_pat
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_finishes_the_step_and_saves(recipe_data, number, tmp_path):
     data = changed(recipe_data, train__steps=10_000)
-    code = "import json,sys; from opdkit.config import parse_recipe; from opdkit.train.loop import train; train(parse_recipe(json.loads(sys.argv[1])))"
+    code = (
+        "import json, sys; from opdkit.config import parse_recipe; from opdkit.train.loop import train\n"
+        "train(parse_recipe(json.loads(sys.argv[1])))"
+    )
     child = subprocess.Popen([sys.executable, "-c", code, json.dumps(data)], stderr=subprocess.PIPE, text=True)
     log, deadline = Path(data["output"]) / "metrics.jsonl", time.monotonic() + 60
     while not (log.exists() and log.read_text().count("\n") >= 2):
@@ -214,7 +219,7 @@ def test_an_infinite_loss_leaves_the_weights_untouched(recipe_data, monkeypatch)
 
     monkeypatch.setitem(_FUNCTIONS, "log_ratio", _Function(exploding, ("{num}.sampled", "{den}.sampled")))
     assert signals.log_ratio().name == "log_ratio"
-    with pytest.raises(NonFiniteError, match="weights are unchanged.*batch saved"):
+    with pytest.raises(NonFiniteError, match=r"weights are unchanged.*batch saved"):
         run(recipe_data)
     folder = Path(recipe_data["output"]) / "nonfinite" / "step-000001"
     assert {"student.sampled", "teacher.sampled", "tokens", "seq"} <= load_file(folder / "policy.safetensors").keys()

@@ -44,7 +44,9 @@ def test_the_wheel_works_from_any_folder(unpacked, tmp_path):
 
 
 def test_generated_docs_are_current():
-    done = subprocess.run([sys.executable, str(ROOT / "scripts" / "docs.py"), "--check"], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "scripts" / "docs.py"), "--check"], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
 
 

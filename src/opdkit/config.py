@@ -100,7 +100,7 @@ class TrainConfig(Section):
     head_chunk: Positive | None = Field(
         None, description="rows of logits held at once; None = chosen from the vocabulary"
     )
-    precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="arithmetic of the forward pass (accelerate)")
+    precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="arithmetic of forward passes (accelerate)")
     gradient_checkpointing: bool = Field(False, description="recompute activations in the backward pass")
     reduction: Literal["token_mean", "seq_mean_token_mean", "seq_mean_token_sum", "seq_mean_token_sum_norm"] | None = (
         Field(None, description="overrides every term's own reduction")
@@ -159,15 +159,19 @@ def fields(section: type[BaseModel] = Recipe, prefix: str = "") -> Iterator[tupl
         if name == "teachers":
             yield from fields(ModelConfig, f"{prefix}teachers.NAME.")
             continue
-        shown = kind.__name__ if isinstance(kind, type) else str(kind).replace("typing.", "")
-        for noise in (
-            "Annotated",
-            ", Gt(gt=0)",
-            ", FieldInfo(annotation=NoneType, required=True, metadata=[Gt(gt=0)])",
-        ):
-            shown = shown.replace(noise, "")
         default = "required" if info.is_required() else repr(info.default)
-        yield f"{prefix}{name}", shown.replace("[int]", "int"), default, info.description or ""
+        yield f"{prefix}{name}", _type_name(kind), default, info.description or ""
+
+
+def _type_name(kind: Any) -> str:
+    """A Python annotation as text, without the bounds that the description's error messages give."""
+    if get_origin(kind) is Annotated:
+        return _type_name(get_args(kind)[0])
+    if get_origin(kind) in (Union, UnionType):
+        return " | ".join(_type_name(part) for part in get_args(kind))
+    if kind is type(None):
+        return "None"
+    return str(kind).replace("typing.", "") if get_args(kind) else kind.__name__
 
 
 def recipe_path(name: str) -> Path:

@@ -141,7 +141,9 @@ class Divergence:
         q = on_support(candidates.teacher, candidates.teacher_tail, candidates.valid, self.tail)
         return divergence(p, q, self.kind, self.mix)
 
-    def full(self, p: Float[Tensor, "n V"], q: Float[Tensor, "n V"]) -> tuple[Float[Tensor, " n"], Float[Tensor, "n V"]]:
+    def full(
+        self, p: Float[Tensor, "n V"], q: Float[Tensor, "n V"]
+    ) -> tuple[Float[Tensor, " n"], Float[Tensor, "n V"]]:
         """Value and gradient with respect to the student's logits; `p`, `q` are log-probs.
 
         With a_j = dD/dp_j the logit gradient is p_j (a_j - sum_i p_i a_i).

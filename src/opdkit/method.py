@@ -162,7 +162,9 @@ class Method:
     def reads_student(self, source: str) -> bool:
         """Whether a term on this source needs the student's own log-probs before the update."""
         terms = [term for term in self.terms if term.on == source]
-        supports = [self.views[view].support for term in terms for _, view, _ in self._needs(term) if view in self.views]
+        supports = [
+            self.views[view].support for term in terms for _, view, _ in self._needs(term) if view in self.views
+        ]
         read = any(view == "student" for term in terms for _, view, _ in self._needs(term))
         return read or any(isinstance(support, TopK) for support in supports)
 

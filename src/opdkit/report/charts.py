@@ -54,7 +54,11 @@ def build_charts(run: RunData) -> dict[str, list[Chart]]:
     for curve in CURVES:
         lines = _expand(curve, keys) if curve.source == "metrics" else []
         used.update(line.key for line in lines)
-        series = _eval_series(run, curve) if curve.source == "evals" else [_series(run, line, curve.smooth) for line in lines]
+        series = (
+            _eval_series(run, curve)
+            if curve.source == "evals"
+            else [_series(run, line, curve.smooth) for line in lines]
+        )
         if series and not all(line.colour == "soft" for line in series):
             charts.append(_chart(curve, series, len(charts)))
     for key in keys:

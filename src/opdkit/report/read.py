@@ -120,7 +120,9 @@ def read_run(folder: Path) -> RunData:
     of a .jsonl file (the process was killed while it wrote) is dropped and noted.
     """
     if not folder.is_dir():
-        raise RunError(f"there is no folder '{folder}'; give the output folder of `opd train`, the one that holds run.json")
+        raise RunError(
+            f"there is no folder '{folder}'; give the output folder of `opd train`, the one that holds run.json"
+        )
     for name in ("run.json", "recipe.yaml"):
         if not (folder / name).is_file():
             raise RunError(f"'{folder}' is not a run folder: it has no {name}; give the output folder of `opd train`")
@@ -166,7 +168,9 @@ def _spread(paths: list[Path], notes: list[str]) -> list[Path]:
     while len(chosen) > 2 and sum(path.stat().st_size for path in chosen) > MAX_ROLLOUT_BYTES:
         chosen = [*chosen[:-1:2], chosen[-1]] if len(chosen) > 3 else [chosen[0], chosen[-1]]
     if len(chosen) < len(paths):
-        notes.append(f"The token viewer holds {len(chosen)} of the {len(paths)} kept steps; all are in the folder rollouts/.")
+        notes.append(
+            f"The token viewer holds {len(chosen)} of the {len(paths)} kept steps; all are in the folder rollouts/."
+        )
     return chosen
 
 
@@ -182,9 +186,13 @@ def _read_lines(path: Path, notes: list[str]) -> list[tuple[str, dict[str, Any]]
             row = _parse(line)
         except ValueError as error:
             if number == numbered[-1][0]:
-                notes.append(f"The last line of {path.name} (line {number}) was cut off, as after a crash; it is left out.")
+                notes.append(
+                    f"The last line of {path.name} (line {number}) was cut off, as after a crash; it is left out."
+                )
                 break
-            raise RunError(f"{where} is not valid JSON ({error}); remove this line and write the report again") from error
+            raise RunError(
+                f"{where} is not valid JSON ({error}); remove this line and write the report again"
+            ) from error
         if not isinstance(row, dict):
             raise RunError(f"{where} holds {type(row).__name__}, expected an object")
         rows.append((where, row))

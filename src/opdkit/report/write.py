@@ -51,7 +51,9 @@ def render(run: RunData) -> str:
     tokens = pack_tokens(run.kept, notes)
     charts = build_charts(run)
     flat = [asdict(chart) for members in charts.values() for chart in members]
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
     shown = (percent, number, whole, duration, count, moment, teacher_name)
     environment.filters.update({function.__name__: function for function in shown})
     return environment.from_string(source["template.html"]).render(
@@ -111,7 +113,9 @@ def settings(recipe: dict[str, Any]) -> list[tuple[str, str]]:
         ("Seed", ("seed",)),
     )
     shown = [(name, [_at(recipe, key) for key in keys]) for name, keys in rows]
-    return [(name, ", ".join(str(v) for v in values if v is not None)) for name, values in shown if values[0] is not None]
+    return [
+        (name, ", ".join(str(v) for v in values if v is not None)) for name, values in shown if values[0] is not None
+    ]
 
 
 def _at(recipe: dict[str, Any], key: str) -> Any:
