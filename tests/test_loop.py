@@ -267,6 +267,23 @@ def test_hooks_keep_their_state_in_the_checkpoint(recipe_data, tmp_path, monkeyp
     assert seen == [0, 1, 2, 3] and path == Path(recipe_data["output"])
 
 
+def test_prepare_steps_see_verified_rollouts_and_may_drop_some(recipe_data, monkeypatch):
+    from dataclasses import replace
+
+    from opdkit.train import setup
+
+    def first_of_each_group(rollouts):
+        assert all(r.reward is not None for r in rollouts)
+        return rollouts[::2]
+
+    real = setup.build_method
+    monkeypatch.setattr(setup, "build_method", lambda *a: replace(real(*a), prepare=(first_of_each_group,)))
+    monkeypatch.setattr("opdkit.train.loop.run_information", lambda s: {})
+    path = run(recipe_data, train__steps=1)
+    shown = json.loads((path / "rollouts" / "step-000001.json").read_text())["rollouts"]
+    assert len({r["prompt"] for r in shown}) == 4 == recipe_data["train"]["prompts_per_step"]
+
+
 def test_dry_run_says_what_would_run_and_writes_nothing(recipe_data):
     text = dry_run(parse_recipe(recipe_data))
     assert "log_ratio" in text and "28 training and 8 held-out" in text and "(8 rollouts)" in text

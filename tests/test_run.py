@@ -95,10 +95,10 @@ def test_there_must_be_something_to_resume(tmp_path):
 
 def test_resume_keeps_what_the_run_recorded(tmp_path):
     start(tmp_path, step=40)
-    started = json.loads((tmp_path / "run.json").read_text())["started"]
+    started = json.loads((tmp_path / "run.json").read_text())["created"]
     with Run.open(str(tmp_path), recipe(), resume=True) as run:
         assert run.resumed
-        assert (run.info["step"], run.info["started"]) == (40, started)
+        assert (run.info["step"], run.info["created"]) == (40, started)
 
 
 def test_a_run_killed_before_run_json_was_written_can_be_resumed(tmp_path):

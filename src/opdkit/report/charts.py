@@ -102,7 +102,8 @@ def _expand(curve: Curve, keys: Sequence[str]) -> list[Line]:
                 names += [] if name in names else [name]
                 further = names.index(name) - 1
                 colour = line.colour if further < 0 else FURTHER[min(further, len(FURTHER) - 1)]
-                label = name if len(curve.lines) == 1 else f"{line.name}, {name}"
+                alone = sum(other.colour != "soft" for other in curve.lines) == 1
+                label = name if alone else f"{line.name}, {name}"
                 lines.append(replace(line, key=key, name=label, colour=colour))
     if curve.stacked and lines:
         prefix = curve.lines[0].key.partition("/")[0] + "/"

@@ -10,6 +10,7 @@ import json
 import os
 import re
 from dataclasses import asdict
+from functools import cache
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,7 @@ def write_report(run: Path) -> Path:
 def render(run: RunData) -> str:
     """The whole page as text."""
     import jinja2
-    from plotly.offline import get_plotlyjs, get_plotlyjs_version
+    from plotly.offline import get_plotlyjs_version
 
     folder = resources.files("opdkit.report")
     source = {name: folder.joinpath(name).read_text(encoding="utf-8") for name in (*ASSETS, "template.html")}
@@ -69,7 +70,7 @@ def render(run: RunData) -> str:
         notes=notes,
         assets={name: source[name] for name in ASSETS},
         data=pack(json.dumps({"charts": flat, "tokens": tokens}, separators=(",", ":"))),
-        plotly=pack(get_plotlyjs()),
+        plotly=packed_plotly(),
         plotly_version=get_plotlyjs_version(),
     )
 
@@ -77,6 +78,13 @@ def render(run: RunData) -> str:
 def pack(text: str) -> str:
     """gzip in base64, the same bytes for the same text."""
     return base64.b64encode(gzip.compress(text.encode("utf-8"), compresslevel=9, mtime=0)).decode("ascii")
+
+
+@cache
+def packed_plotly() -> str:
+    from plotly.offline import get_plotlyjs
+
+    return pack(get_plotlyjs())
 
 
 def paper_link(paper: str | None) -> str | None:

@@ -59,7 +59,7 @@ def train(recipe: Recipe, *, resume: bool = False) -> Path:
             load_weights(student.model, newest)
             start, order, state = restore(setup, saved)
         truncate_after(run.path, start)
-        run.update(**run_information(setup))
+        run.update(finished=None, **run_information(setup))
         began = datetime.now(UTC)
         before = float(run.info.get("seconds") or 0.0) if start else 0.0
         stop = StopSignal()

@@ -2,7 +2,6 @@
 
 import inspect
 from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +31,6 @@ def run_information(setup: Setup) -> dict[str, Any]:
         "method_value": setup.method.to_dict(),
         "method_doc": doc.splitlines()[0],
         "paper": paper,
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "finished": None,
         "student": model_information(setup.student),
         "teachers": {n: model_information(t) for n, t in setup.teachers.items()},
         "device": str(setup.student.device),

@@ -70,7 +70,7 @@ class Run:
                 stale.unlink()
             write_text(path / "recipe.yaml", dump_recipe(recipe))
             run = cls(path, recipe, lock, resume, info)
-            started = {} if info else {"step": 0, "started": datetime.now(UTC).isoformat(timespec="seconds")}
+            started = {} if info else {"step": 0, "created": datetime.now(UTC).isoformat(timespec="seconds")}
             run.update(method=recipe.method.name, steps=recipe.train.steps, opdkit=__version__, **started)
             stack.pop_all()
         return run
