@@ -14,11 +14,11 @@ from playwright.sync_api import Browser, Page, sync_playwright
 from opdkit.errors import RunError
 from opdkit.report import write_report
 from opdkit.report.charts import build_charts, rolling_mean, thin
-from opdkit.report.read import Evaluation, KeptRollout, KeptStep, Token, read_run
+from opdkit.report.read import Evaluation, KeptRollout, KeptStep, RunInfo, Token, read_run
 from opdkit.report.results import gap_recovered, results
 from opdkit.report.text import count, duration, moment, number, percent
 from opdkit.report.tokens import MAX_ROLLOUT_TOKENS, MAX_TOKENS, colour_limit, pack_tokens, sampled_reverse_kl
-from opdkit.report.write import paper_link
+from opdkit.report.write import about, paper_link
 
 HOSTILE = "</script><script>window.hacked=1</script><img src=x onerror=window.hacked=1>"
 CHROMIUM_ARGS = [
@@ -262,7 +262,7 @@ def test_token_packing_by_hand() -> None:
     packed = pack_tokens([KeptStep(step=1, rollouts=[one])], [])
     assert packed["texts"] == ["a", "b"]
     assert packed["steps"][0]["rollouts"][0]["tokens"][1] == [6, 1, -0.5, -0.25, 0.25, None, [1, 0.1235], []]
-    assert colour_limit([0.01 * i for i in range(100)] + [-50.0]) == pytest.approx(0.98)
+    assert colour_limit([0.01 * i for i in range(100)] + [-50.0]) == pytest.approx(0.95)
     assert colour_limit([]) == 1.0
 
 
@@ -287,6 +287,13 @@ def test_words_for_numbers() -> None:
     assert moment("2026-11-22T18:57:12+00:00") == "2026-11-22 18:57 UTC"
     assert paper_link("arXiv:2604.13016") == "https://arxiv.org/abs/2604.13016"
     assert paper_link("javascript:alert(1)") is None
+
+
+def test_the_paper_is_said_once() -> None:
+    info = RunInfo(opdkit="0", method="m", method_doc="Match the teacher (arXiv:2604.13016).", paper="arXiv:2604.13016")
+    assert about(info) == ("Match the teacher (", "arXiv:2604.13016", ").")
+    assert about(info.model_copy(update={"method_doc": "Match."})) == ("Match. ", "arXiv:2604.13016", "")
+    assert about(info.model_copy(update={"method_doc": None, "paper": None})) == ("", "", "")
 
 
 def test_browser_draws_every_chart(page: Page) -> None:

@@ -164,6 +164,19 @@ def test_a_teacher_that_returns_nan_is_named_with_its_sequences(teacher):
     assert "in sequences [1] of the step" in str(error.value)
 
 
+def test_an_infinite_log_prob_among_the_candidates_is_refused(student, teacher_path, sampled):
+    teacher = load_model(ModelConfig(path=teacher_path), "teacher")
+    never = next(i for i in flatten(sampled).views["student"].top_ids[0].tolist() if i != sampled[0].response_ids[0])
+    rollouts = [r for r in sampled if never not in r.response_ids]
+    step = flatten(rollouts)
+    head = torch.nn.Linear(32, 48)
+    head.bias.data[never] = -torch.inf
+    teacher.model.lm_head = head
+    assert torch.isfinite(score(teacher, rollouts, step, Sampled(), budget=10_000).sampled).all()
+    with pytest.raises(NonFiniteError, match="infinite log-probs for"):
+        score(teacher, rollouts, step, TopK(8, "student"), budget=10_000)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Batches
 

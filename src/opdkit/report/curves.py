@@ -78,6 +78,14 @@ CURVES: tuple[Curve, ...] = (
         smooth=False,
     ),
     Curve(
+        LEARNING,
+        "Sampler gap",
+        "nats/token",
+        "Mean distance between the log-probs that the sampler used and those of the student being trained; good is near 0, "
+        "because a gap means that the responses are not quite the student's own.",
+        (Line("sampler_gap", "gap"),),
+    ),
+    Curve(
         AGREEMENT,
         "Held-out reverse KL",
         "nats/token",
@@ -90,7 +98,8 @@ CURVES: tuple[Curve, ...] = (
         AGREEMENT,
         "Reverse KL on the rollouts",
         "nats/token",
-        "KL(student ‖ teacher) on the tokens that the student sampled in this step; good falls towards 0.",
+        "KL(student ‖ teacher) estimated from the tokens that were sampled in this step, so noisy and at times below 0; "
+        "good falls towards 0.",
         (Line("reverse_kl", "reverse KL"),),
     ),
     Curve(
@@ -165,6 +174,13 @@ CURVES: tuple[Curve, ...] = (
         "Share of responses cut off by the length limit before they ended; good is near 0%.",
         (Line("clipped_share", "clipped"),),
         kind="share",
+    ),
+    Curve(
+        LENGTHS,
+        "Tokens of a step",
+        "trained tokens",
+        "Response tokens that the loss of this step was averaged over; good is steady, since it follows the response length.",
+        (Line("tokens", "tokens"),),
     ),
     Curve(
         SPEED,

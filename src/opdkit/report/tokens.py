@@ -37,11 +37,11 @@ def pack_tokens(kept: Sequence[KeptStep], notes: list[str]) -> dict[str, Any]:
 
 
 def colour_limit(signals: Sequence[float]) -> float:
-    """The 98th percentile of |signal| in nats, so that a few extreme tokens do not make all others pale."""
+    """The 95th percentile of |signal| in nats, so that a few extreme tokens do not make all others pale."""
     sizes = sorted(abs(signal) for signal in signals)
     if not sizes or sizes[-1] == 0:
         return 1.0
-    return sizes[int(0.98 * (len(sizes) - 1))] or sizes[-1]
+    return sizes[int(0.95 * (len(sizes) - 1))] or sizes[-1]
 
 
 def sampled_reverse_kl(rollout: KeptRollout) -> float | None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from opdkit.report.charts import build_charts
-from opdkit.report.read import RunData, read_run
+from opdkit.report.read import RunData, RunInfo, read_run
 from opdkit.report.results import results
 from opdkit.report.text import count, duration, moment, number, percent, teacher_name, whole
 from opdkit.report.tokens import pack_tokens
@@ -64,6 +64,7 @@ def render(run: RunData) -> str:
         method_name=_at(run.recipe, "method.name") or "The method",
         settings=settings(run.recipe),
         progress=progress(run),
+        about=about(run.info),
         paper_link=paper_link(run.info.paper),
         charts=charts,
         has_tokens=bool(tokens["steps"]),
@@ -85,6 +86,14 @@ def packed_plotly() -> str:
     from plotly.offline import get_plotlyjs
 
     return pack(get_plotlyjs())
+
+
+def about(info: RunInfo) -> tuple[str, str, str]:
+    """The method's sentence around the name of its paper: (before, paper, after), so that the paper is said once."""
+    doc, paper = info.method_doc or "", info.paper or ""
+    if paper and paper in doc:
+        return doc.partition(paper)
+    return f"{doc} " if doc else "", paper, ""
 
 
 def paper_link(paper: str | None) -> str | None:

@@ -72,7 +72,10 @@ def _draw_rows(
 
 
 def inverse_cdf(p: Float[Tensor, "r V"], uniform: Float[Tensor, " r"]) -> Int[Tensor, " r"]:
-    """The first index at which the running sum of p exceeds uniform x its total; `p` need not be normalised."""
+    """The first index at which the running sum of p exceeds uniform x its total; `p` need not be normalised.
+
+    `uniform` must be below 1: a float64 number below 1, times the total, is below the total in float64 too.
+    """
     vocab = p.shape[1]
     if vocab <= 2 * SEGMENT:
         return _search(p.cumsum(-1, dtype=torch.float64), uniform[:, None])[0].squeeze(1)
@@ -83,20 +86,18 @@ def inverse_cdf(p: Float[Tensor, "r V"], uniform: Float[Tensor, " r"]) -> Int[Te
     cdf = mass.cumsum(-1)
     segment, target = _search(cdf, uniform[:, None])
     size = mass.gather(1, segment)
-    share = ((target - cdf.gather(1, segment) + size) / size).clamp(0.0, 1.0)  # how far into the segment
+    share = (target - cdf.gather(1, segment) + size) / size  # how far into the segment
     columns = segment * SEGMENT + torch.arange(SEGMENT, device=p.device)
     inside = p.gather(1, columns.clamp(max=vocab - 1)).masked_fill(columns >= vocab, 0.0)
-    index = segment * SEGMENT + _search(inside.cumsum(-1, dtype=torch.float64), share)[0]
-    return index.clamp(max=vocab - 1).squeeze(1)
+    found, _ = _search(inside.cumsum(-1, dtype=torch.float64), share.clamp(0.0, 1 - 2**-53))
+    return (segment * SEGMENT + found).clamp(max=vocab - 1).squeeze(1)
 
 
 def _search(
     cdf: Float[Tensor, "r n"], uniform: Float[Tensor, "r 1"]
 ) -> tuple[Int[Tensor, "r 1"], Float[Tensor, "r 1"]]:
     """The first running sum above uniform x total, and that product. An entry of mass 0 is never the first."""
-    total = cdf[:, -1:]
-    # u just below 1 times the total can round to the total, which no running sum exceeds
-    target = torch.minimum(uniform * total, torch.nextafter(total, torch.zeros_like(total)))
+    target = uniform * cdf[:, -1:]
     return torch.searchsorted(cdf, target, right=True).clamp(max=cdf.shape[1] - 1), target  # the end: only for NaN
 
 
