@@ -1,10 +1,13 @@
 """Tiny models and data that every end-to-end test shares."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 import torch
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # a wrong path must not be looked up on a network
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789 +-=.?"
 

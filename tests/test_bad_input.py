@@ -99,6 +99,7 @@ def test_a_run_folder_that_holds_another_run(recipe_data, tmp_path):
         ({"teachers": {}}, ["asks for teacher 'teacher'", "add teachers:"]),
         ({"method": {"name": "grpo"}}, ["teacher 'teacher' is not used by method grpo"]),
         ({"method": {"name": "gkd"}, "train": {"prompts_per_step": 1}}, ["leaves no prompt for rollout source"]),
+        ({"eval": {"temperature": 0.0, "top_p": 0.9}}, ["eval.top_p = 0.9 has no effect"]),
         ({"student": {"temperature": 2.0}}, ["student.temperature has no effect"]),
         ({"task": {"verifier": "none"}, "method": {"name": "grpo"}, "teachers": {}}, ["has no verifier"]),
         ({"sampling": {"max_new_tokens": 500}}, ["max_new_tokens = 500", "context of 128"]),

@@ -15,7 +15,9 @@ def step_with(reward: list[float], group: list[int]):
     layout = Layout(torch.arange(n), torch.arange(n), torch.tensor(group))
     p = logits(n, 5, seed=1)
     method = build_method("grpo", {})
-    return make_step(method, p, p, torch.zeros(n, dtype=torch.long), layout=layout, reward=torch.tensor(reward).double())
+    return make_step(
+        method, p, p, torch.zeros(n, dtype=torch.long), layout=layout, reward=torch.tensor(reward).double()
+    )
 
 
 def test_advantages_by_hand():

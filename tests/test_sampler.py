@@ -83,6 +83,15 @@ def test_capture_equals_a_teacher_forced_forward(lm, temperature):
     assert len(lengths) > 2  # rows did leave the batch at different times
 
 
+def test_half_precision_forwards_record_in_float32(lm):
+    with torch.autocast("cpu", torch.bfloat16):
+        groups = sample(lm, PROMPTS, HOW, 3, Keep(top_k=lm.vocab))
+    for s in flat(groups):
+        c = s.capture
+        assert {c.logp.dtype, c.behaviour.dtype, c.entropy.dtype, c.top.dtype} == {torch.float32}
+        assert (c.entropy + (c.top.exp() * c.top).sum(-1)).abs().max() <= 1e-5
+
+
 @pytest.mark.parametrize(("top_k", "top_p"), [(5, 1.0), (0, 0.7), (6, 0.8)])
 def test_truncation_records_both_distributions(lm, top_k, top_p):
     groups = sample(lm, PROMPTS, replace(HOW, top_k=top_k, top_p=top_p), 4)

@@ -52,7 +52,7 @@ def _draw_rows(
 ) -> Draw:
     logp = z.log_softmax(-1)
     p = logp.exp()
-    entropy = -torch.linalg.vecdot(p, logp)
+    entropy = -(p * logp).sum(-1)  # not vecdot: autocast would run it in half precision
     top = torch.topk(logp, keep_top, dim=-1)
 
     def at(values: Tensor, index: Tensor) -> Tensor:

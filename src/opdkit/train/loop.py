@@ -44,8 +44,8 @@ def dry_run(recipe: Recipe) -> str:
 def train(recipe: Recipe, *, resume: bool = False) -> Path:
     """Run a recipe to its end and return the run folder.
 
-    Raises OpdkitError for whatever does not fit, NonFiniteError (the batch is saved) for NaN or infinite values, and
-    SystemExit after SIGINT or SIGTERM, once the step is finished and saved.
+    Raises OpdkitError for whatever does not fit, NonFiniteError for NaN or infinite values (a batch that could be
+    sampled is saved), and SystemExit after SIGINT or SIGTERM, once the step is finished and saved.
     """
     setup = set_up(recipe)
     r, method, student = setup.recipe, setup.method, setup.student

@@ -104,6 +104,10 @@ def check_recipe(recipe: Recipe, method: Method) -> None:
         )
     if recipe.student.temperature != 1.0:
         raise RecipeError("student.temperature has no effect: the student is scored at sampling.temperature; set that")
+    if recipe.eval.temperature == 0 and recipe.eval.top_p < 1:
+        raise RecipeError(
+            f"eval.top_p = {recipe.eval.top_p} has no effect on greedy evaluation (eval.temperature = 0); remove it"
+        )
     on_policy = any(isinstance(source, OnPolicy) for source in method.rollouts.values())
     if method.needs_group and recipe.sampling.group < 2:
         raise RecipeError(f"method {method.name} subtracts the mean of a prompt's group, which is 0 signal for a group of "
