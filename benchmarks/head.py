@@ -153,12 +153,12 @@ def gradients(name: str, x: Inputs, loss: str) -> tuple[Tensor, Tensor]:
 # Measurements, each in a child
 
 
-def resident(field: str) -> int:
-    """VmRSS (now) or VmHWM (most since the last reset) of this process, in bytes."""
-    for line in Path("/proc/self/status").read_text().splitlines():
+def kernel(file: str, field: str) -> int:
+    """A number of bytes that Linux reports, such as VmRSS, VmHWM (most since the last reset) or MemAvailable."""
+    for line in Path(file).read_text().splitlines():
         if line.startswith(field + ":"):
             return int(line.split()[1]) * 1024
-    raise OSError(f"/proc/self/status has no {field}; memory can be measured on Linux only")
+    raise SystemExit(f"{file} has no {field}; memory can be measured on Linux only")
 
 
 def measure_memory(name: str, vocab: int, n: int, loss: str) -> int:
@@ -167,9 +167,9 @@ def measure_memory(name: str, vocab: int, n: int, loss: str) -> int:
     gradients(name, x.rows(slice(0, 8)), loss)  # code and buffers of the libraries
     ctypes.CDLL("libc.so.6").malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
-    before = resident("VmRSS")
+    before = kernel("/proc/self/status", "VmRSS")
     gradients(name, x, loss)
-    return resident("VmHWM") - before
+    return kernel("/proc/self/status", "VmHWM") - before
 
 
 def measure_time(names: list[str], vocab: int, n: int, loss: str, rounds: int) -> dict[str, list[float]]:
@@ -219,13 +219,9 @@ def in_child(threads: int, function: Callable, *arguments):  # type: ignore[no-u
         process.join()
 
 
-def available() -> int:
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
 def measure(vocab: int, n: int, loss: str, threads: int) -> dict[str, Any]:
     """All numbers of one size and loss."""
-    fits = NAIVE_BYTES[loss] * n * vocab < 0.8 * available()
+    fits = NAIVE_BYTES[loss] * n * vocab < 0.8 * kernel("/proc/meminfo", "MemAvailable")
     names = [name for name in IMPLEMENTATIONS if fits or name != "naive"]
     rounds = max(1, min(5, 200_000_000 // (n * vocab)))
     seconds = in_child(threads, measure_time, names, vocab, n, loss, rounds)

@@ -28,8 +28,7 @@ TEACHER = HeadRows(logits(N, 3, seed=6), Head(logits(V + 4, 3, seed=7), logits(V
 TABLE = TableRows(logits(N, V, seed=9).log_softmax(-1))
 HEADS = {
     "plain": {},
-    "padded": {"vocab": V},
-    "scale": {"scale": 0.5, "vocab": V},
+    "padded": {"vocab": V, "scale": 0.5},
     "softcap": {"softcap": 2.0, "vocab": V},
     "everything": {"vocab": V, "scale": 1.5, "softcap": 3.0, "temperature": 0.7},
 }

@@ -89,7 +89,7 @@ class GeneratedProblems(Sequence[Problem]):
 
 
 def gym_verifier(name: str, settings: dict[str, Any], seed: int, size: int) -> Verifier:
-    """The task's own scorer on the extracted answer: reward = score, correct = score >= 1 - 1e-6.
+    """The task's own scorer on the extracted answer: reward = score, correct = score of exactly 1.
 
     It runs in a process of its own with a time limit, because several scorers evaluate the answer as an expression: one
     that does not end in time (`9**9**9**9`), or that the scorer cannot read, scores 0.
@@ -100,7 +100,7 @@ def gym_verifier(name: str, settings: dict[str, Any], seed: int, size: int) -> V
         entry = {"question": problem.prompt, "answer": problem.answer, "metadata": dict(problem.metadata)}
         score = scorer(extract_answer(text), entry)
         reward = 0.0 if score is None else float(score)
-        return Verdict(reward=reward, correct=reward >= 1 - 1e-6)
+        return Verdict(reward=reward, correct=reward >= 1.0)
 
     return verify
 
