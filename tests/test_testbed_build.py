@@ -27,13 +27,13 @@ def test_names():
     with pytest.raises(ModelError, match="no testbed model 'student@x'"):
         find("student@x")
     assert find("student@3").seed == 3 and find("student@0") == find("student")
-    assert find("rl@5").start == "base@5"
+    assert find("rl@5").start == "mid@5"
 
 
 def test_the_hash_follows_recipe_parent_and_seed(monkeypatch):
     hashes = {name: content_hash(find(name)) for name in (*BUILDS, "student@1", "rl@1")}
     assert len(set(hashes.values())) == len(hashes)
-    monkeypatch.setitem(BUILDS, "base", Build("changed", "new:s", SUMS, **supervised(3)))
+    monkeypatch.setitem(BUILDS, "mid", Build("changed", "new:m", SUMS, **supervised(3)))
     assert content_hash(find("rl")) != hashes["rl"] and content_hash(find("student")) == hashes["student"]
 
 

@@ -8,13 +8,16 @@ from opdkit.config import load_recipe
 
 
 def demo(output: str = "runs/demo", seed: int = 0, overrides: list[str] | None = None) -> str:
-    """Run the demo recipe and return its closing lines. Raises OpdkitError as training does."""
+    """Run the demo recipe and return its closing lines. A demo that was stopped goes on; a finished one is reported again.
+
+    Raises OpdkitError as training does.
+    """
     from opdkit.report import write_report
     from opdkit.train.loop import train
 
     begin = time.perf_counter()
     recipe = load_recipe("cpu/demo", [f"output={json.dumps(output)}", f"seed={seed}", *(overrides or [])])
-    run = train(recipe)
+    run = train(recipe, resume=(Path(output) / "recipe.yaml").is_file())
     report = write_report(run)
     return closing_lines(run, report, time.perf_counter() - begin)
 

@@ -54,8 +54,8 @@ SUMS_B: Json = {"name": "sums", "settings": {"format": "b"}}
 MIX: Json = {"name": "mix"}
 RL: Json = {
     "method": GRPO,
-    "train": {"steps": 150, "prompts_per_step": 16},
-    "optim": {"lr": 2e-4, "warmup_steps": 10, "betas": [0.9, 0.99]},
+    "train": {"steps": 200, "prompts_per_step": 16},
+    "optim": {"lr": 1e-4, "warmup_steps": 10, "betas": [0.9, 0.99]},
     "sampling": {"group": 8, "max_new_tokens": 24},
 }
 
@@ -66,7 +66,8 @@ BUILDS: dict[str, Build] = {
     "sft-l": Build("1.17M, sums in format a", "new:l", SUMS_A, **supervised(700)),
     "base": Build("0.34M, the task mix: sums in both formats, reasoning-gym", "new:s", MIX, **supervised(800)),
     "base-m": Build("0.58M, the task mix", "new:m", MIX, **supervised(800)),
-    "rl": Build("0.34M, base after GRPO on the verifier of sums", "base", SUMS_A, **RL),
+    "mid": Build("0.58M, sums in format a, stopped half way", "new:m", SUMS_A, **supervised(400, "constant")),
+    "rl": Build("0.58M, mid after GRPO on the verifier of sums", "mid", SUMS_A, **RL),
 }
 
 
@@ -111,7 +112,7 @@ def _recipe(build: Build, student: str, output: str) -> Json:
         "sampling": build.sampling,
         "optim": build.optim,
         "train": {"keep_checkpoints": 1, **build.train},
-        "eval": {"temperature": 0.0, "kl_prompts": 0, "teacher": False},
+        "eval": {"kl_prompts": 0, "teacher": False},
         "log": {"trackers": [], "rollouts_every": 10**9},
         "seed": build.seed,
         "output": output,

@@ -195,7 +195,8 @@ def _describe(path: Path) -> str:
         return "its run.json cannot be read"
     if not {"method", "step", "steps"} <= info.keys():
         return "stopped before its run.json was written"
-    return f"method {info['method']}, step {info['step']} of {info['steps']}"
+    name = str(info["method"]).partition(":")[0]  # its first line is "NAME:"
+    return f"method {name}, step {info['step']} of {info['steps']}"
 
 
 def _read_info(path: Path) -> dict[str, Any]:
