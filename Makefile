@@ -48,7 +48,8 @@ $(VENV)/.dev: pyproject.toml $(VENV)/.installed
 
 # The report is tested in a real browser.
 browser:
-	@command -v chromium chromium-browser google-chrome >/dev/null || sh scripts/install-chromium.sh
+	@command -v chromium >/dev/null || command -v chromium-browser >/dev/null || command -v google-chrome >/dev/null \
+		|| sh scripts/install-chromium.sh
 
 reproduce: $(VENV)/.installed
 	$(BIN)/python reproductions/demo_seeds.py
