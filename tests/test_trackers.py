@@ -6,7 +6,8 @@ import json
 import math
 import resource
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -90,22 +91,25 @@ def test_truncate_completes_a_last_line_without_newline(tmp_path: Path) -> None:
     assert [line["step"] for line in lines(tmp_path / "metrics.jsonl")] == [1, 2, 3]
 
 
-@pytest.fixture
-def full_disk() -> Iterator[Callable[[], None]]:
-    """Gives a function after which no file of this process can grow beyond 8 KiB."""
+@contextmanager
+def full_disk() -> Iterator[None]:
+    """Inside the block no file of this process can grow beyond 8 KiB. Not a fixture: pytest's own output is a file too."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (8192, hard))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8192, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @pytest.mark.parametrize("names", [[], ["tensorboard"]])
-def test_a_full_disk_is_one_clear_error(names: list[str], tmp_path: Path, full_disk: Callable[[], None]) -> None:
+def test_a_full_disk_is_one_clear_error(names: list[str], tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"step": 0}\n' * 700)
     with (
         pytest.raises(RunError, match=r"cannot write metrics\.jsonl \(File too large\)"),
         Trackers(tmp_path, names, {}) as trackers,
+        full_disk(),
     ):
-        full_disk()
         for step in range(1, 100):
             trackers.log(step, {f"loss/{i}": 0.5 for i in range(100)})
     truncate_after(tmp_path, 0)
