@@ -8,13 +8,12 @@ Left out: `composite` (train one task a recipe) and curricula.
 
 import dataclasses
 import re
-from collections.abc import Sequence
-from typing import Any, Protocol, overload, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from opdkit.config import TaskConfig, nearest
 from opdkit.errors import DataError, RecipeError
 from opdkit.rewards.isolated import Isolated
-from opdkit.tasks.problem import Problem, Task, Verdict, Verifier
+from opdkit.tasks.problem import LazySequence, Problem, Task, Verdict, Verifier
 
 TRAIN_SIZE = 10_000
 _REDRAWS = 200
@@ -53,7 +52,7 @@ def gym_task(config: TaskConfig) -> Task:
     return Task(name=name, train=train, eval=held, verify=gym_verifier(name, config.settings, start, size + spare))
 
 
-class GeneratedProblems(Sequence[Problem]):
+class GeneratedProblems(LazySequence[Problem]):
     """Problems made on access: item i is always the same, and none has a held-out prompt."""
 
     def __init__(self, name: str, dataset: ProceduralDataset, size: int, spare: int, held_out: frozenset[str]) -> None:
@@ -62,15 +61,8 @@ class GeneratedProblems(Sequence[Problem]):
     def __len__(self) -> int:
         return self._size
 
-    @overload
-    def __getitem__(self, index: int) -> Problem: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Problem]: ...
-    def __getitem__(self, index: int | slice) -> Problem | list[Problem]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(self._size))]
-        item = range(self._size)[index]  # negative indices and IndexError as for a list
-        return _problem(self._name, "train", item, self._draw(item)[1])
+    def item(self, index: int) -> Problem:
+        return _problem(self._name, "train", index, self._draw(index)[1])
 
     def source(self, item: int) -> int:
         """The data set's index behind item: its own, or a spare one where its prompt is held out."""

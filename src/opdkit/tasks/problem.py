@@ -1,8 +1,11 @@
 """What a task is made of: problems, verdicts and the verifier that turns a response into a verdict."""
 
+from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar, overload
+
+T = TypeVar("T")
 
 Message = Mapping[str, Any]  # {"role": ..., "content": ...}, as chat templates read it
 
@@ -28,6 +31,23 @@ class Verdict:
 
 
 Verifier = Callable[[Problem, str], Verdict]
+
+
+class LazySequence(Sequence[T]):
+    """A sequence whose items are made when they are read: a subclass gives `__len__` and `item`."""
+
+    @abstractmethod
+    def item(self, index: int) -> T:
+        """Item `index`, from 0 to the length."""
+
+    @overload
+    def __getitem__(self, index: int) -> T: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[T]: ...
+    def __getitem__(self, index: int | slice) -> T | list[T]:
+        if isinstance(index, slice):
+            return [self.item(i) for i in range(*index.indices(len(self)))]
+        return self.item(range(len(self))[index])  # negative indices and IndexError as for a list
 
 
 @dataclass(frozen=True)

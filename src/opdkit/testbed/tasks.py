@@ -6,18 +6,18 @@ has been trained on an evaluation prompt of any other. Problems are drawn when t
 Left out: building models on these tasks (`build`), all other reasoning-gym tasks (`opdkit.tasks.gym`).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from random import Random
-from typing import Any, Literal, TypeVar, overload
+from typing import Any, Literal, TypeVar
 from zlib import crc32
 
 from pydantic import Field, ValidationError, model_validator
 
 from opdkit.config import Section, TaskConfig, nearest
 from opdkit.errors import DataError, RecipeError
-from opdkit.tasks.problem import Problem, Task, Verdict, Verifier
+from opdkit.tasks.problem import LazySequence, Problem, Task, Verdict, Verifier
 from opdkit.testbed import grammar
 
 TRAIN_SIZE = 10_000
@@ -95,7 +95,7 @@ def part_of(prompt: str) -> Part:
 
 
 @dataclass(frozen=True)
-class DrawnProblems(Sequence[Problem]):
+class DrawnProblems(LazySequence[Problem]):
     """Training problems made on access: item i of a seed is always the same. A prompt may come up again."""
 
     name: str
@@ -106,14 +106,8 @@ class DrawnProblems(Sequence[Problem]):
     def __len__(self) -> int:
         return self.size
 
-    @overload
-    def __getitem__(self, index: int) -> Problem: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Problem]: ...
-    def __getitem__(self, index: int | slice) -> Problem | list[Problem]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(self.size))]
-        return _drawn(self.name, self.draw, self.seed, "train", range(self.size)[index])
+    def item(self, index: int) -> Problem:
+        return _drawn(self.name, self.draw, self.seed, "train", index)
 
 
 def _drawn(name: str, draw: Draw, seed: int, part: Part, index: int) -> Problem:
