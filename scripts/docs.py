@@ -3,8 +3,8 @@
 import sys
 from pathlib import Path
 
+from opdkit.catalogue import build_method, method_table
 from opdkit.losses import CrossEntropy, Divergence, PolicyGradient, SupportPolicyGradient
-from opdkit.method import build_method, method_table
 from opdkit.support import Full, TopK
 
 README = Path(__file__).parents[1] / "README.md"

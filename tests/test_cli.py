@@ -113,7 +113,7 @@ def test_demo_eval_explain_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert run("demo", "--output", "runs/y", "train.steps=3", "--seed", "2").stdout == "runs/y 2 ['train.steps=3']\n"
     fake(monkeypatch, "opdkit.train.evaluate", evaluate_run=lambda target, overrides: f"{target} {overrides}")
     assert run("eval", "runs/x", "eval.samples=4").stdout == "runs/x ['eval.samples=4']\n"
-    fake(monkeypatch, "opdkit.method", explain=lambda name: f"{name}: sum [N, K] of p log p/q")
+    fake(monkeypatch, "opdkit.catalogue", explain=lambda name: f"{name}: sum [N, K] of p log p/q")
     assert run("explain", "opd").stdout == "opd: sum [N, K] of p log p/q\n"
     fake(monkeypatch, "opdkit.report", write_report=lambda run: run / "report.html")
     assert run("report", str(tmp_path)).stdout == f"{tmp_path}/report.html\n"
@@ -123,7 +123,7 @@ def test_methods_wraps_long_lines_and_keeps_brackets(monkeypatch: pytest.MonkeyP
     idea = (
         "policy gradient on the sampled token's log ratio, clipped to [-5, 5], with a [bold] claim that is rather long"
     )
-    fake(monkeypatch, "opdkit.method", method_table=lambda: [("opd", idea, "arXiv:1234.56789"), ("gkd", "b", "c")])
+    fake(monkeypatch, "opdkit.catalogue", method_table=lambda: [("opd", idea, "arXiv:1234.56789"), ("gkd", "b", "c")])
     shown = run("methods").stdout
     assert max(len(line) for line in shown.splitlines()) <= 80 and "…" not in shown
     column = shown.splitlines()[0].index("idea"), shown.splitlines()[0].index("paper")
@@ -143,7 +143,7 @@ def test_an_opdkit_error_is_one_line(error: type[OpdkitError], code: int, monkey
     def explain(name: str) -> str:
         raise error(f"no method '{name}':\n  did you mean [opd]? {'long ' * 40}end")
 
-    fake(monkeypatch, "opdkit.method", explain=explain)
+    fake(monkeypatch, "opdkit.catalogue", explain=explain)
     done = run("explain", "odp")
     assert done.exit_code == code
     assert done.stderr == f"error: no method 'odp': did you mean [opd]? {'long ' * 40}end\n"
@@ -167,9 +167,9 @@ def test_ctrl_c_exits_130_and_our_own_bugs_keep_their_traceback(monkeypatch: pyt
     def broken(name: str) -> str:
         raise ZeroDivisionError("our bug")
 
-    fake(monkeypatch, "opdkit.method", explain=interrupted)
+    fake(monkeypatch, "opdkit.catalogue", explain=interrupted)
     assert run("explain", "opd").exit_code == 130
-    fake(monkeypatch, "opdkit.method", explain=broken)
+    fake(monkeypatch, "opdkit.catalogue", explain=broken)
     assert isinstance(run("explain", "opd").exception, ZeroDivisionError)
 
 

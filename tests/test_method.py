@@ -8,24 +8,14 @@ import pytest
 import torch
 
 import opdkit.methods
+from opdkit.catalogue import build_method, explain, method_names, method_table
 from opdkit.errors import MethodError, RecipeError
 from opdkit.losses import CrossEntropy, Divergence, PolicyGradient, SupportPolicyGradient
-from opdkit.method import (
-    Dataset,
-    Linear,
-    Method,
-    OnPolicy,
-    Term,
-    View,
-    build_method,
-    decode,
-    encode,
-    explain,
-    method_names,
-    method_table,
-)
+from opdkit.method import Linear, Method, Term, View
 from opdkit.pieces import Piece, make_piece, minus, pipe, plus, scale, times
+from opdkit.serialise import decode, encode
 from opdkit.signals import clamp, expected_log_ratio, log_ratio, outcome, support_gap
+from opdkit.sources import Dataset, OnPolicy
 from opdkit.step import Candidates, Layout, Scores, Step
 from opdkit.support import Full, Sampled, TopK
 from opdkit.train.update import streams
@@ -84,7 +74,7 @@ MISFITS = {
     "off-policy support gradient": (
         dict(rollouts={"data": Dataset()}, views={"teacher": View("teacher", TopK(4))},
              terms=(Term(loss=SupportPolicyGradient(), signal=support_gap(), on="data"),)),
-        r"SupportPolicyGradient\(teacher='teacher'\) trains on 'data', which the student did not sample"),
+        r"SupportPolicyGradient\(\) trains on 'data', which the student did not sample"),
     "unknown view": (dict(terms=(Term(signal=log_ratio(num="tutor")),)),
                      r"log_ratio\(num='tutor', den='student'\) reads view 'tutor', but the views are teacher; "
                      r"add views=\{'tutor': View"),
@@ -235,7 +225,7 @@ def test_any_change_makes_another_method():
 def test_printing_shows_one_part_a_line():
     assert str(method(terms=(Term(signal=log_ratio(), weight=first_tokens(n=2), coef=0.5),))).splitlines() == [
         "m:",
-        "  rollouts  policy = OnPolicy(share=1.0)",
+        "  rollouts  policy = OnPolicy()",
         "  view      teacher = View(model='teacher', support=Sampled(), context='own')",
         "  term      0.5 x token_mean on policy: PolicyGradient() of log_ratio(num='teacher', den='student'), "
         "weight first_tokens(n=2)",

@@ -5,7 +5,7 @@ import itertools
 import torch
 from synthetic import logit_gradient, logits, make_step
 
-from opdkit.method import build_method
+from opdkit.catalogue import build_method
 from opdkit.signals import outcome
 from opdkit.step import Layout
 

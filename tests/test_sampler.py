@@ -11,7 +11,6 @@ from opdkit.config import ModelConfig
 from opdkit.errors import DataError, NonFiniteError, RecipeError
 from opdkit.head import Head
 from opdkit.losses import NO_MASS
-from opdkit.method import Dataset, OnPolicy
 from opdkit.models import LanguageModel, load_model
 from opdkit.rollouts.cache import BufferLayer
 from opdkit.rollouts.decoder import compaction
@@ -19,6 +18,7 @@ from opdkit.rollouts.draw import draw, inverse_cdf, truncate
 from opdkit.rollouts.sampler import Keep, Sampling, sample
 from opdkit.rollouts.sources import from_dataset, roll_out
 from opdkit.rollouts.stopping import StopStrings
+from opdkit.sources import Dataset, OnPolicy
 from opdkit.tasks.problem import Problem, Task
 
 PROMPTS = [[5, 9, 30], [7], [12, 3, 8, 20, 4, 11], [5, 9, 30, 2]]

@@ -55,8 +55,8 @@ def test_a_build_is_complete_deterministic_and_taken_from_the_cache(short_builds
 
 
 def test_every_build_has_a_valid_recipe():
+    from opdkit.catalogue import build_method
     from opdkit.config import parse_recipe
-    from opdkit.method import build_method
     from opdkit.train.setup import check_recipe
 
     for name in BUILDS:

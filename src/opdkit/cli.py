@@ -138,7 +138,7 @@ def methods_command() -> None:
     """List the methods, one line each."""
     from rich.table import Table
 
-    from opdkit.method import method_table
+    from opdkit.catalogue import method_table
 
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_edge=False)
     table.add_column("method", style="bold cyan", overflow="fold")
@@ -153,7 +153,7 @@ def methods_command() -> None:
 @app.command("explain")
 def explain_command(method: MethodName) -> None:
     """Print a method's idea, equation, arguments and composition."""
-    from opdkit.method import explain
+    from opdkit.catalogue import explain
 
     typer.echo(explain(method))
 

@@ -28,10 +28,30 @@ class Section(BaseModel):
 
 
 class ModelConfig(Section):
-    path: str = Field(description="folder, Hub id, `testbed:NAME` or `smollm2:NAME`")
+    path: str = Field(
+        description="folder, Hub id, `testbed:NAME` or `smollm2:NAME`; teachers also `student:base`, the student as it "
+        "was before training"
+    )
     dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="parameter precision")
     attn: str = Field("sdpa", description="attention implementation of transformers")
+    quantize: Literal["none", "nf4", "int8"] = Field(
+        "none", description="bitsandbytes weights; a quantised student needs `lora`"
+    )
     temperature: float = Field(1.0, gt=0, description="teachers only: logits are divided by it when scoring")
+    template: Literal["student", "own"] = Field(
+        "student", description="teachers only: own = the teacher reads the prompt through its own chat template"
+    )
+    template_args: dict[str, Any] = Field({}, description="arguments of that template, such as {enable_thinking: true}")
+
+
+class LoraConfig(Section):
+    rank: Positive = Field(16, description="rank of every adapter")
+    alpha: float = Field(32.0, gt=0, description="scale: the update is alpha / rank x B A")
+    dropout: float = Field(0.0, ge=0, lt=1, description="on the adapters' input while training")
+    targets: list[str] | Literal["all-linear"] = Field(
+        "all-linear", description="module names; all-linear = every linear layer but the vocabulary head"
+    )
+    rslora: bool = Field(False, description="scale alpha / sqrt(rank) instead")
 
 
 class MethodConfig(Section):
@@ -52,7 +72,12 @@ class TaskConfig(Section):
     )
     split: str = Field("train", description="`dataset` only: training split")
     eval_split: str | None = Field(None, description="`dataset` only: evaluation split; otherwise rows are held out")
-    columns: dict[str, str] = Field({}, description="our column name -> the file's: prompt, answer, domain, system, id")
+    format: Literal["columns", "verl", "dapo", "deepmath", "openthoughts3", "gsm8k"] = Field(
+        "columns", description="`file` and `dataset` only: a known layout of columns, or `columns`: as mapped there"
+    )
+    columns: dict[str, str] = Field(
+        {}, description="our column name -> the file's: prompt, answer, response, domain, system, tools, id"
+    )
     settings: dict[str, Any] = Field({}, description="difficulty settings of a testbed or reasoning-gym task")
     train_size: Positive | None = Field(None, description="training problems; None = all rows (generated tasks: 10000)")
     eval_size: Positive = Field(200, description="held-out problems")
@@ -60,6 +85,9 @@ class TaskConfig(Section):
     verifier: Literal["auto", "math", "exact", "none"] = Field("auto", description="auto = the task's own, else math")
     system: str | None = Field(None, description="system prompt for rows that have none")
     template: Literal["chat", "plain"] = Field("chat", description="chat = tokenizer's chat template; plain = raw text")
+    template_args: dict[str, Any] = Field(
+        {}, description="arguments of the chat template, such as {enable_thinking: false}"
+    )
     max_prompt_tokens: Positive = Field(1024, description="tokens; the limit for one prompt")
     overlong: Literal["error", "drop"] = Field("error", description="what a prompt over the limit does")
 
@@ -89,8 +117,13 @@ class OptimConfig(Section):
 
 
 class TrainConfig(Section):
-    steps: Positive = Field(100, description="optimiser steps")
+    steps: Positive = Field(100, description="rollout batches; one optimiser update each unless the next two say more")
     prompts_per_step: Positive = Field(16, description="prompts")
+    minibatches: Positive = Field(1, description="parts of a rollout batch; one optimiser update for each")
+    epochs: Positive = Field(1, description="passes over a rollout batch")
+    sharding: Literal["none", "fsdp2"] = Field(
+        "none", description="several processes: none = every process holds the student; fsdp2 = they share it"
+    )
     microbatch_tokens: Positive = Field(
         16384, description="prompt + response tokens of one student forward, padding included"
     )
@@ -132,6 +165,7 @@ class Recipe(Section):
     method: MethodConfig
     student: ModelConfig
     teachers: dict[str, ModelConfig] = Field({}, description="name -> model; the method's views use these names")
+    lora: LoraConfig | None = Field(None, description="train adapters instead of the whole student; {} = its defaults")
     task: TaskConfig
     sampling: SamplingConfig = SamplingConfig()
     optim: OptimConfig = OptimConfig()
@@ -153,14 +187,20 @@ def fields(section: type[BaseModel] = Recipe, prefix: str = "") -> Iterator[tupl
     """Yield (dotted name, type, default, description with unit) of every field of a recipe."""
     for name, info in section.model_fields.items():
         kind = info.annotation
-        if isinstance(kind, type) and issubclass(kind, Section):
-            yield from fields(kind, f"{prefix}{name}.")
+        if (inner := _section(kind)) is not None:
+            yield from fields(inner, f"{prefix}{name}.")
             continue
         if name == "teachers":
             yield from fields(ModelConfig, f"{prefix}teachers.NAME.")
             continue
         default = "required" if info.is_required() else repr(info.default)
         yield f"{prefix}{name}", _type_name(kind), default, info.description or ""
+
+
+def _section(kind: Any) -> type[BaseModel] | None:
+    """The section that an annotation stands for, also behind `| None`."""
+    found = [k for k in (kind, *get_args(kind)) if isinstance(k, type) and issubclass(k, Section)]
+    return found[0] if found and get_origin(kind) in (None, Union, UnionType) else None
 
 
 def _type_name(kind: Any) -> str:
@@ -250,8 +290,8 @@ def _explain(problem: Any) -> str:
             info = section.model_fields.get(str(part))
             if info is None:  # the name of a teacher
                 section = ModelConfig
-            elif isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel):
-                section = info.annotation
+            elif (inner := _section(info.annotation)) is not None:
+                section = inner
         return f"unknown key '{where}'{nearest(str(problem['loc'][-1]), list(section.model_fields))}"
     message = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "missing":

@@ -18,6 +18,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from opdkit.step import Layout, Step
+from opdkit.values import Value
 
 Over = Literal["sampled", "candidates", "full"]
 Kind = Literal["reverse_kl", "forward_kl", "jsd"]
@@ -48,8 +49,8 @@ class Loss(Protocol):
     def rows(self, student: StudentRows, step: Step, signal: Tensor | None) -> Float[Tensor, " n"]: ...
 
 
-@dataclass(frozen=True)
-class PolicyGradient:
+@dataclass(frozen=True, repr=False)
+class PolicyGradient(Value):
     """REINFORCE: - signal x log p(sampled token), the signal detached. Its value is not meaningful, its gradient is."""
 
     signal_rank = 1
@@ -65,8 +66,8 @@ class PolicyGradient:
         return -signal * student.sampled
 
 
-@dataclass(frozen=True)
-class SupportPolicyGradient:
+@dataclass(frozen=True, repr=False)
+class SupportPolicyGradient(Value):
     """- sum over candidates of signal_k x log p(k): every candidate is treated as an action (2604.13016, released code)."""
 
     teacher: str = "teacher"
@@ -83,8 +84,8 @@ class SupportPolicyGradient:
         return -(signal * student.candidates).sum(-1)
 
 
-@dataclass(frozen=True)
-class CrossEntropy:
+@dataclass(frozen=True, repr=False)
+class CrossEntropy(Value):
     """- log p(token) of the rollout's own token: supervised learning on dataset or teacher responses."""
 
     signal_rank = 0
@@ -100,8 +101,8 @@ class CrossEntropy:
         return -student.sampled
 
 
-@dataclass(frozen=True)
-class Divergence:
+@dataclass(frozen=True, repr=False)
+class Divergence(Value):
     """A divergence between student and teacher at every position, differentiated through the student.
 
     `kind`: reverse_kl = KL(student, teacher), forward_kl = KL(teacher, student), jsd = mix KL(teacher, m) +

@@ -4,36 +4,17 @@ A `Method` prints, compares (`==`), serialises (`to_dict`, `from_dict`) and hold
 only through this type; `methods/` holds one file per published method.
 """
 
-import dataclasses
-import importlib
-import inspect
-import pkgutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, runtime_checkable
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
-
-from opdkit.config import nearest
-from opdkit.errors import MethodError, RecipeError
-from opdkit.losses import CrossEntropy, Divergence, Loss, PolicyGradient, Reduction, SupportPolicyGradient
-from opdkit.pieces import Piece, make_piece
+from opdkit.errors import MethodError
+from opdkit.losses import Divergence, Loss, PolicyGradient, Reduction, SupportPolicyGradient
+from opdkit.pieces import Piece
+from opdkit.serialise import decode, encode, register
+from opdkit.sources import OnPolicy, Source
 from opdkit.support import Full, Sampled, Support, TopK
 from opdkit.weights import ones
-
-
-@dataclass(frozen=True)
-class OnPolicy:
-    """The student samples its own responses to `share` of the step's prompts."""
-
-    share: float = 1.0
-
-
-@dataclass(frozen=True)
-class Dataset:
-    """The task's own target responses stand as rollouts for `share` of the step's prompts."""
-
-    share: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -93,7 +74,7 @@ class Method:
     """rollout sources + prepare steps + views + terms + after-update hooks. Raises MethodError when they do not fit."""
 
     name: str
-    rollouts: Mapping[str, OnPolicy | Dataset] = field(default_factory=lambda: {"policy": OnPolicy()})
+    rollouts: Mapping[str, Source] = field(default_factory=lambda: {"policy": OnPolicy()})
     prepare: tuple[Callable[[list[Any]], list[Any]], ...] = ()  # list[Rollout] -> list[Rollout], before the views
     views: Mapping[str, View]
     terms: tuple[Term, ...]
@@ -143,6 +124,12 @@ class Method:
         ):
             raise MethodError(f"method {self.name}: {term.loss} trains on '{term.on}', which the student did not sample; "
                               "a policy gradient is only right on its own samples")  # fmt: skip
+        if isinstance(term.loss, PolicyGradient | SupportPolicyGradient) and self._mixed(term.on):
+            read = [view for piece in (term.signal, term.weight) if piece for _, need in piece.needs
+                    for view in [need.split(".")[0]]]  # fmt: skip
+            if "behaviour" not in read:
+                raise MethodError(f"method {self.name}: '{term.on}' is sampled from a mixture with a teacher, and {term.loss} "
+                                  "is only right with an importance weight, such as weight=importance()")  # fmt: skip
         for who, view, what in self._needs(term):
             if view == "behaviour" and not isinstance(self.rollouts[term.on], OnPolicy):
                 raise MethodError(f"method {self.name}: {who} reads the sampler's log-probs, but '{term.on}' was not "
@@ -159,6 +146,9 @@ class Method:
                 raise MethodError(f"method {self.name}: {who} reads the {what} of view '{view}', which has support "
                                   f"{given}; give that view support={hint}")  # fmt: skip
 
+    def _mixed(self, source: str) -> bool:
+        return getattr(self.rollouts[source], "mixed_with", None) is not None
+
     def reads_student(self, source: str) -> bool:
         """Whether a term on this source needs the student's own log-probs before the update."""
         terms = [term for term in self.terms if term.on == source]
@@ -167,6 +157,14 @@ class Method:
         ]
         read = any(view == "student" for term in terms for _, view, _ in self._needs(term))
         return read or any(isinstance(support, TopK) for support in supports)
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """The teachers that views and rollout sources name, each once."""
+        named = [view.model for view in self.views.values()]
+        for source in self.rollouts.values():
+            named += [name for name in (getattr(source, "mixed_with", None), getattr(source, "teacher", None)) if name]
+        return tuple(dict.fromkeys(named))
 
     @property
     def needs_reward(self) -> bool:
@@ -199,105 +197,4 @@ class Method:
         return method
 
 
-_TYPES = {t.__name__: t for t in (Method, Term, View, OnPolicy, Dataset, Linear, Sampled, TopK, Full, PolicyGradient,
-                                  SupportPolicyGradient, CrossEntropy, Divergence)}  # fmt: skip
-
-
-def encode(value: Any) -> Any:
-    """A method or any part of it as JSON types."""
-    if isinstance(value, Piece):
-        return {"piece": value.name, "args": {k: encode(v) for k, v in value.args}}
-    if type(value).__name__ in _TYPES:
-        return {
-            "type": type(value).__name__,
-            **{f.name: encode(getattr(value, f.name)) for f in dataclasses.fields(value)},
-        }
-    if isinstance(value, tuple):
-        return {"tuple": [encode(v) for v in value]}
-    if isinstance(value, Mapping):
-        return {"map": {k: encode(v) for k, v in value.items()}}
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
-    raise MethodError(f"cannot serialise {value!r}: it is not one of the engine's pieces, losses, supports or sources")
-
-
-def decode(data: Any) -> Any:
-    """The value that `encode` described; only the engine's own types are made. Raises MethodError."""
-    if not isinstance(data, dict):
-        return data
-    if "piece" in data:
-        return make_piece(data["piece"], {k: decode(v) for k, v in data["args"].items()})
-    if "tuple" in data:
-        return tuple(decode(v) for v in data["tuple"])
-    if "map" in data:
-        return {k: decode(v) for k, v in data["map"].items()}
-    if data.get("type") not in _TYPES:
-        raise MethodError(
-            f"unknown type {data.get('type')!r} in a serialised method; known: {', '.join(sorted(_TYPES))}"
-        )
-    return _TYPES[data["type"]](**{k: decode(v) for k, v in data.items() if k != "type"})
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The published methods
-
-
-def method_names() -> list[str]:
-    """The names in `opdkit.methods`, sorted."""
-    import opdkit.methods
-
-    return sorted(m.name for m in pkgutil.iter_modules(opdkit.methods.__path__))
-
-
-def method_function(name: str) -> Callable[..., Method]:
-    """The function that makes a published method. Raises RecipeError naming the nearest one."""
-    if name not in method_names():
-        raise RecipeError(f"unknown method '{name}'{nearest(name, method_names())}")
-    return getattr(importlib.import_module(f"opdkit.methods.{name}"), name)
-
-
-def build_method(name: str, arguments: Mapping[str, Any]) -> Method:
-    """Make a method from a recipe's name and arguments. Raises RecipeError or MethodError."""
-    function = method_function(name)
-    known = inspect.signature(function).parameters
-    for given, value in arguments.items():
-        if given not in known:
-            raise RecipeError(f"method {name} has no argument '{given}'{nearest(given, list(known))}")
-        _check_argument(name, known[given], value)
-    try:
-        return function(**arguments)
-    except (TypeError, ValueError) as error:
-        if isinstance(error, MethodError):
-            raise
-        raise RecipeError(f"method {name}: {error}") from error
-
-
-def _check_argument(name: str, argument: inspect.Parameter, value: Any) -> None:
-    """Raise RecipeError unless `value` fits the argument's annotation (numbers are not made from strings)."""
-    try:
-        TypeAdapter(argument.annotation, config=ConfigDict(strict=True)).validate_python(value)
-    except ValidationError as error:
-        raise RecipeError(
-            f"method {name}: {argument.name}={value!r}: expected {inspect.formatannotation(argument.annotation)}"
-        ) from error
-
-
-def method_table() -> list[tuple[str, str, str]]:
-    """(name, one line, paper) of every published method."""
-    return [(name, *_headline(name)) for name in method_names()]
-
-
-def _headline(name: str) -> tuple[str, str]:
-    doc = inspect.getdoc(importlib.import_module(f"opdkit.methods.{name}")) or ""
-    line = doc.splitlines()[0].rstrip(".")
-    text, _, paper = line.rpartition(" (arXiv:")
-    return (text or line, f"arXiv:{paper.rstrip(')')}" if text else "")
-
-
-def explain(name: str) -> str:
-    """Docstring, arguments with defaults, and composition of a method. Raises RecipeError for an unknown name."""
-    function = method_function(name)
-    doc = inspect.getdoc(importlib.import_module(f"opdkit.methods.{name}"))
-    arguments = [f"  {p.name}: {inspect.formatannotation(p.annotation)} = {p.default!r}"
-                 for p in inspect.signature(function).parameters.values()]  # fmt: skip
-    return f"{doc}\n\nArguments:\n" + "\n".join(arguments) + f"\n\nComposition with the defaults:\n{function()}"
+register(Method, Term, View, Linear)

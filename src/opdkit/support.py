@@ -10,16 +10,18 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from opdkit.values import Value
+
 Of = Literal["student", "teacher", "union", "intersection", "difference"]
 
 
-@dataclass(frozen=True)
-class Sampled:
+@dataclass(frozen=True, repr=False)
+class Sampled(Value):
     """The sampled token only (K = 1)."""
 
 
-@dataclass(frozen=True)
-class TopK:
+@dataclass(frozen=True, repr=False)
+class TopK(Value):
     """The k most probable ids of student or teacher, or a set made of both lists (2604.13016, candidate sets).
 
     `difference` is the symmetric difference: ids that exactly one of the two lists holds.
@@ -35,8 +37,8 @@ class TopK:
             raise ValueError(f"TopK(of={self.of!r}): expected student, teacher, union, intersection or difference")
 
 
-@dataclass(frozen=True)
-class Full:
+@dataclass(frozen=True, repr=False)
+class Full(Value):
     """The whole vocabulary, formed lazily from hidden states."""
 
 

@@ -10,7 +10,8 @@ Left out: mixing in a supervised term.
 """
 
 from opdkit.losses import Divergence
-from opdkit.method import Dataset, Method, OnPolicy, Term, View
+from opdkit.method import Method, Term, View
+from opdkit.sources import Dataset, OnPolicy
 from opdkit.support import Full
 
 

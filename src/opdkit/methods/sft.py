@@ -6,7 +6,8 @@ The off-policy cold start of the paper's recipe when the responses come from a t
 """
 
 from opdkit.losses import CrossEntropy
-from opdkit.method import Dataset, Method, Term
+from opdkit.method import Method, Term
+from opdkit.sources import Dataset
 
 
 def sft() -> Method:

@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from opdkit.errors import DataError
-from opdkit.method import OnPolicy
 from opdkit.models import LanguageModel
 from opdkit.rollouts.rollout import Rollout
 from opdkit.rollouts.sampler import Keep, Sampling, sample
+from opdkit.sources import OnPolicy
 from opdkit.tasks.problem import Problem, Task
 
 Prompts = Sequence[tuple[Problem, tuple[int, ...]]]

@@ -16,9 +16,11 @@ class Problem:
 
     id: str
     prompt: str | tuple[Message, ...]
-    answer: str | None = None  # what the verifier compares with; for dataset rollouts also the target response
+    answer: str | None = None  # what the verifier compares with; a dataset rollout's response where there is no other
     domain: str = "default"
     system: str | None = None
+    response: str | tuple[Message, ...] | None = None  # target of dataset rollouts: one answer, or turns with tools
+    tools: tuple[Message, ...] | None = None  # JSON schemas of the tools that the chat template shows
     metadata: Mapping[str, Any] = field(default_factory=dict)
 
 

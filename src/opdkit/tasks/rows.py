@@ -13,7 +13,7 @@ from opdkit.config import TaskConfig, nearest
 from opdkit.errors import DataError, RecipeError
 from opdkit.tasks.problem import Message, Problem
 
-COLUMNS = ("prompt", "answer", "domain", "system", "id")
+COLUMNS = ("prompt", "answer", "response", "domain", "system", "tools", "id")
 _OFTEN_PROMPT = ("question", "problem", "messages", "instruction", "query", "input", "text")
 
 Row = tuple[int, Mapping[str, Any]]  # number in its source from 1 (a file's line, where lines exist), and its columns

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 import opdkit
-from opdkit.method import method_function, method_table
+from opdkit.catalogue import method_function, method_table
 from opdkit.models import LanguageModel
 from opdkit.rollouts.rollout import Rollout
 from opdkit.step import Scores, Step

@@ -7,11 +7,13 @@ from typing import Any
 
 import torch
 
+from opdkit.catalogue import build_method
 from opdkit.config import Recipe, nearest
 from opdkit.errors import ModelError, RecipeError
-from opdkit.method import Method, OnPolicy, build_method
+from opdkit.method import Method
 from opdkit.models import LanguageModel, check_same_vocabulary, load_model
 from opdkit.rollouts.sampler import Keep, Sampling
+from opdkit.sources import OnPolicy
 from opdkit.support import Full, TopK
 from opdkit.tasks.load import load_task
 from opdkit.tasks.problem import Task
@@ -97,8 +99,10 @@ def check_recipe(recipe: Recipe, method: Method) -> None:
             hint = nearest(view.model, list(recipe.teachers)) if recipe.teachers else "; the recipe has no teachers"
             raise RecipeError(f"method {method.name}: view '{name}' asks for teacher '{view.model}'{hint}; add "
                               f"teachers: {{{view.model}: {{path: ...}}}}")  # fmt: skip
-    used = {view.model for view in method.views.values()}
-    if unused := [name for name in recipe.teachers if name not in used]:
+    for name in method.models:
+        if name not in recipe.teachers:
+            raise RecipeError(f"method {method.name} uses teacher '{name}'; add teachers: {{{name}: {{path: ...}}}}")
+    if unused := [name for name in recipe.teachers if name not in method.models]:
         raise RecipeError(
             f"teacher '{unused[0]}' is not used by method {method.name}; remove it or name it in the method"
         )
