@@ -22,10 +22,10 @@ from opdkit.losses import (
     divergence,
     log_mixture,
     on_support,
-    reduction,
 )
 from opdkit.method import Method, Term, View
 from opdkit.pieces import minus
+from opdkit.reduction import reduction
 from opdkit.signals import expected_log_ratio, log_ratio, support_gap
 from opdkit.step import Candidates, Layout, Scores, Step
 from opdkit.support import Full, Sampled, TopK

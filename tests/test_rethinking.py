@@ -12,13 +12,14 @@ from synthetic import expected_gradient, identity, logit_gradient, logits, make_
 from torch import Tensor
 
 from opdkit.head import objective, score_rows
-from opdkit.losses import PolicyGradient, Reduction, SupportPolicyGradient
+from opdkit.losses import PolicyGradient, SupportPolicyGradient
 from opdkit.method import Method, Term, View
 from opdkit.methods.full_opd import full_opd
 from opdkit.methods.opd import opd
 from opdkit.methods.topk_kl import topk_kl
 from opdkit.methods.topk_opd import topk_opd
 from opdkit.metrics import agreement
+from opdkit.reduction import Reduction
 from opdkit.report.read import Evaluation
 from opdkit.report.results import gap_recovered
 from opdkit.rollouts.rollout import Rollout

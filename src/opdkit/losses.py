@@ -5,7 +5,7 @@ Axes: n rows, K support size, V vocabulary. All values in nats.
 A loss says what it reads: the sampled token's log-prob, the log-probs on a view's candidates, or the whole row. The
 first two are written once and differentiated on [n, K] tensors; a loss on the whole row also returns its gradient with
 respect to the logits, because nothing of size n x V may be kept. Reduction over rows is not a loss's business: see
-`reduction`.
+`opdkit.reduction`.
 
 Left out: clipped and importance-weighted surrogates; every step here takes one optimiser update per rollout batch.
 """
@@ -17,13 +17,12 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from opdkit.step import Layout, Step
+from opdkit.step import Step
 from opdkit.values import Value
 
 Over = Literal["sampled", "candidates", "full"]
 Kind = Literal["reverse_kl", "forward_kl", "jsd"]
 NO_MASS = -1e4  # exp of it is 0 in every precision
-Reduction = Literal["token_mean", "seq_mean_token_mean", "seq_mean_token_sum", "seq_mean_token_sum_norm"]
 
 
 @dataclass(frozen=True)
@@ -191,28 +190,3 @@ def on_support(
         assert tail is not None
         return torch.cat([kept, tail[:, None]], -1)
     return kept.log_softmax(-1)
-
-
-def reduction(name: Reduction, layout: Layout, counted: Bool[Tensor, " N"], horizon: int) -> Float[Tensor, " N"]:
-    """The coefficient of every token under a named mean over the whole step; `counted` tokens have a non-zero weight.
-
-    token_mean: 1 / counted tokens. seq_mean_*: every sequence with a counted token has the same weight, its tokens are
-    averaged (token_mean), summed (token_sum), or summed and divided by the horizon in tokens (token_sum_norm).
-    Because it is computed from the whole step, it does not depend on how the step is cut into micro-batches.
-    """
-    one = counted.double()
-    if name == "token_mean":
-        return one / counted.sum().clamp(min=1)
-    per_seq = layout.seq_sum(one)
-    share = one / (per_seq > 0).sum().clamp(min=1)
-    if name == "seq_mean_token_mean":
-        return share / layout.spread(per_seq).clamp(min=1)
-    if name == "seq_mean_token_sum":
-        return share
-    if name == "seq_mean_token_sum_norm":
-        if horizon <= 0:
-            raise ValueError("reduction seq_mean_token_sum_norm divides by the response limit, but the step has none")
-        return share / horizon
-    raise ValueError(
-        f"reduction is {name!r}; expected one of token_mean, seq_mean_token_mean, seq_mean_token_sum(_norm)"
-    )

@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, runtime_checkable
 
 from opdkit.errors import MethodError
-from opdkit.losses import Divergence, Loss, PolicyGradient, Reduction, SupportPolicyGradient
+from opdkit.losses import Divergence, Loss, PolicyGradient, SupportPolicyGradient
 from opdkit.pieces import Piece
+from opdkit.reduction import Reduction
 from opdkit.serialise import decode, encode, register
 from opdkit.sources import OnPolicy, Source
 from opdkit.support import Full, Sampled, Support, TopK

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from opdkit.errors import MethodError
 from opdkit.head import RowTerm, objective
-from opdkit.losses import Reduction, reduction
 from opdkit.method import Method, Term
 from opdkit.models import LanguageModel
+from opdkit.reduction import Reduction, reduction
 from opdkit.rollouts.rollout import Rollout
 from opdkit.step import Step
 from opdkit.views.local import flat_index, micro_batches, pad, trained_rows
