@@ -7,10 +7,11 @@ training runs.
 import torch
 from torch import Tensor
 
-from opdkit.head import Head, HeadRows, objective, score_rows
+from opdkit.head import Head, HeadRows, RowTerm, objective, score_rows
 from opdkit.method import Method
 from opdkit.step import Layout, Scores, Step
-from opdkit.train.update import row_terms, streams
+from opdkit.train.processes import Processes
+from opdkit.train.update import coefficients, row_terms, streams
 from opdkit.views.local import score_batch
 
 
@@ -33,11 +34,18 @@ def make_step(
     return Step(layout, tokens, {**step.views, **views}, **fields)
 
 
+def terms_of(method: Method, step: Step, index: Tensor | None = None, override=None) -> list[RowTerm]:
+    """The terms of a whole update in which every term trains on the same step, restricted to some flat positions."""
+    found = streams(method, {term.on: step for term in method.terms})
+    part = {name: range(step.layout.sequences) for name in found}
+    coefs = coefficients(found, dict.fromkeys(found, step), part, Processes(0, 1, torch.device("cpu")), override)
+    return [t for name in found for t in row_terms(found[name], coefs[name], step, index)]
+
+
 def logit_gradient(method: Method, p: Tensor, step: Step, chunk: int | None = None) -> tuple[Tensor, Tensor]:
     """(loss, d loss / d p [N, V]) of a method on a step in which every term trains on the same step."""
     leaf = p.detach().clone().requires_grad_(True)
-    found = streams(method, {term.on: step for term in method.terms})
-    terms = row_terms([s for group in found.values() for s in group], step)
+    terms = terms_of(method, step)
     loss, _ = objective(leaf, identity(p.shape[1]), terms, chunk)
     (gradient,) = torch.autograd.grad(loss, leaf)
     return loss.detach(), gradient

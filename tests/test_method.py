@@ -6,6 +6,7 @@ from pathlib import Path
 import jaxtyping
 import pytest
 import torch
+from synthetic import terms_of
 
 import opdkit.methods
 from opdkit.catalogue import build_method, explain, method_names, method_table
@@ -256,11 +257,11 @@ def test_schedule_and_weight_reach_the_coefficients():
     """Weights (1, 0, 1): the mean counts two tokens. Progress .25 of Linear(1, .2, .5): .6."""
     term = Term(signal=log_ratio(), weight=first_tokens(n=1), coef=Linear(1.0, 0.2, until=0.5))
     step = Step(STEP.layout, STEP.tokens, STEP.views, progress=0.25)
-    (found,) = streams(method(terms=(term,)), {"policy": step})["policy"]
+    (found,) = terms_of(method(terms=(term,)), step)
     assert found.coef.tolist() == pytest.approx([0.3, 0.0, 0.3]) and found.signal.tolist() == RATIO
-    (summed,) = streams(method(terms=(term,)), {"policy": step}, "seq_mean_token_sum")["policy"]
+    (summed,) = terms_of(method(terms=(term,)), step, override="seq_mean_token_sum")
     assert summed.coef.tolist() == pytest.approx([0.3, 0.0, 0.3])
-    (plain,) = streams(method(), {"policy": step}, "seq_mean_token_mean")["policy"]
+    (plain,) = terms_of(method(), step, override="seq_mean_token_mean")
     assert plain.coef.tolist() == pytest.approx([0.25, 0.25, 0.5])
 
 

@@ -8,7 +8,7 @@ from math import log
 
 import pytest
 import torch
-from synthetic import expected_gradient, identity, logit_gradient, logits, make_step
+from synthetic import expected_gradient, identity, logit_gradient, logits, make_step, terms_of
 from torch import Tensor
 
 from opdkit.head import objective, score_rows
@@ -18,7 +18,7 @@ from opdkit.methods.full_opd import full_opd
 from opdkit.methods.opd import opd
 from opdkit.methods.topk_kl import topk_kl
 from opdkit.methods.topk_opd import topk_opd
-from opdkit.metrics import agreement
+from opdkit.metrics import agreement, averages
 from opdkit.reduction import Reduction
 from opdkit.report.read import Evaluation
 from opdkit.report.results import gap_recovered
@@ -27,7 +27,6 @@ from opdkit.signals import log_ratio, support_gap
 from opdkit.step import Candidates, Layout, Scores, Step
 from opdkit.support import Of, TopK
 from opdkit.tasks.problem import Problem
-from opdkit.train.update import row_terms, streams
 from opdkit.views.local import pad, trained_rows
 from opdkit.weights import first_tokens
 
@@ -140,7 +139,7 @@ def test_4_student_equal_to_teacher():
             method = topk_opd(k=4, of=of, by=by)
             assert method.terms[0].signal(make_step(method, rows, rows, torch.arange(6))).abs().max() < 1e-15
     student, teacher = dense_scores(rows, rows, 4)
-    found = agreement(student, teacher, 4)
+    found = averages(agreement(student, teacher, 4))
     assert found["overlap_ratio"] == 1.0 and found["overlap_token_advantage"] == pytest.approx(0.0, abs=1e-16)
     assert found["entropy_gap"] == found["reverse_kl"] == 0.0
     mass = rows.softmax(-1).topk(4).values.sum(-1).mean().item()
@@ -151,7 +150,7 @@ def test_5_metrics_by_hand():
     """Overlap {0} of top-2: ratio 1/2, advantage 0. Overlap {0, 1}: p' = (5/8, 3/8), q' = (1/4, 3/4). No overlap."""
     p = torch.tensor([[0.5, 0.3, 0.15, 0.05]] * 3, dtype=torch.float64)
     q = torch.tensor([[0.4, 0.1, 0.45, 0.05], [0.2, 0.6, 0.12, 0.08], [0.05, 0.15, 0.3, 0.5]], dtype=torch.float64)
-    found = agreement(*dense_scores(p.log(), q.log(), 2), 2)
+    found = averages(agreement(*dense_scores(p.log(), q.log(), 2), 2))
     inner = 0.625 * log(2.5) + 0.375 * log(0.5)  # .3127515 nats
     assert found["overlap_ratio"] == pytest.approx(0.5, abs=1e-15)
     # Averaged over the two positions that have an overlap, not pooled over their three (token, k) entries.
@@ -168,7 +167,7 @@ def test_5_metrics_position_by_position():
     k = 5
     p, q = logits(40, V, seed=4), logits(40, V, seed=5)
     for row in range(40):
-        found = agreement(*dense_scores(p[row : row + 1], q[row : row + 1], k), k)
+        found = averages(agreement(*dense_scores(p[row : row + 1], q[row : row + 1], k), k))
         both = sorted(dense_set("intersection", p[row], q[row], k))
         a, b = p[row].softmax(-1)[both], q[row].softmax(-1)[both]
         advantage = -kl(a / a.sum(), b / b.sum()).item() / len(both) if both else 0.0
@@ -305,12 +304,11 @@ def test_9_any_split_into_micro_batches_gives_the_same_update(reduction, split):
     method = weighted(reduction)
     step = make_step(method, ROWS, TEACHER, TOKENS, layout=LAYOUT, horizon=7)
     whole_loss, whole = logit_gradient(method, ROWS, step)
-    found = streams(method, {"policy": step})["policy"]
     total, grad = torch.zeros((), dtype=torch.float64), torch.zeros_like(ROWS)
     for part in split:
         index = torch.tensor(part)
         leaf = ROWS[index].requires_grad_(True)
-        loss, _ = objective(leaf, identity(V), row_terms(found, step, index))
+        loss, _ = objective(leaf, identity(V), terms_of(method, step, index))
         total += loss.detach()
         grad[index] = torch.autograd.grad(loss, leaf)[0]
     assert abs(total - whole_loss) < 1e-14 and (grad - whole).abs().max() < 1e-15

@@ -9,7 +9,7 @@ from math import log
 
 import pytest
 import torch
-from synthetic import expected_gradient, identity, logit_gradient, logits, make_step
+from synthetic import expected_gradient, identity, logit_gradient, logits, make_step, terms_of
 from torch import Tensor
 
 from opdkit.head import TableRows, objective
@@ -21,7 +21,6 @@ from opdkit.methods.vopd import vopd
 from opdkit.pieces import minus, scale
 from opdkit.signals import log_ratio
 from opdkit.step import Layout, Scores, Step
-from opdkit.train.update import row_terms, streams
 from opdkit.weights import ones
 
 V = 20
@@ -186,7 +185,7 @@ def test_6_decomposition_and_the_tail_bucket_as_a_lower_bound(k):
     for how in ("bucket", "renormalise"):
         method = topk_kl(k=k, tail=how)
         step = make_step(method, p, q, order[:, 0])
-        terms = row_terms(streams(method, {"policy": step})["policy"], step)
+        terms = terms_of(method, step)
         found[how] = objective(p, identity(V), terms)[1][0]
     assert (found["bucket"] - (head_p * inner + bernoulli)).abs().max() < 1e-13
     assert (found["bucket"] <= kl + 1e-14).all()
@@ -211,10 +210,10 @@ def live_step(student: Tensor, teacher: Tensor, method: Method) -> Step:
 def test_7_only_the_sampled_log_prob_carries_gradient():
     student, teacher = logits(5, V, seed=5).requires_grad_(True), logits(5, V, seed=6).requires_grad_(True)
     step = live_step(student, teacher, vopd())
-    found = streams(vopd(), {"policy": step})["policy"]
+    found = terms_of(vopd(), step)
     assert not found[0].signal.requires_grad and not found[0].coef.requires_grad
     hidden = student.detach().clone().requires_grad_(True)
-    loss, _ = objective(hidden, identity(V), row_terms(found, step))
+    loss, _ = objective(hidden, identity(V), found)
     grads = torch.autograd.grad(loss, (hidden, student, teacher), allow_unused=True)
     assert grads[1] is None and grads[2] is None
     _, r, kl, _ = dense(student.detach(), teacher.detach())

@@ -21,7 +21,25 @@ from opdkit.step import Scores, Step
 ROWS = 16384  # positions whose k x k comparisons are held at once
 
 
-def agreement(student: Scores, teacher: Scores, k: int) -> dict[str, float]:
+Means = dict[str, tuple[float, float]]  # name -> (sum, count): such pairs of several processes add up exactly
+
+
+def averages(means: Means) -> dict[str, float]:
+    """The mean of every pair; 0 where nothing was counted."""
+    return {name: total / count if count else 0.0 for name, (total, count) in means.items()}
+
+
+def summed(parts: Sequence[Means]) -> Means:
+    """The pairs of several processes, or of several steps, added up."""
+    found: Means = {}
+    for part in parts:
+        for name, (total, count) in part.items():
+            before = found.get(name, (0.0, 0.0))
+            found[name] = (before[0] + total, before[1] + count)
+    return found
+
+
+def agreement(student: Scores, teacher: Scores, k: int) -> Means:
     """How far student and teacher agree on the sampled positions.
 
     `reverse_kl` is the one-sample estimate mean(log p - log q); the overlap numbers need both views' top-k lists and
@@ -58,20 +76,20 @@ def _overlap(student: Scores, teacher: Scores, k: int, rows: slice) -> tuple[Ten
     return size / k, advantage, p.exp().sum(-1), q.exp().sum(-1)
 
 
-def rollout_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:
+def rollout_metrics(rollouts: Sequence[Rollout]) -> Means:
     """Response length (tokens), share cut by the length limit, and mean reward and accuracy where a verifier judged."""
-    n = max(1, len(rollouts))
+    n = float(len(rollouts))
     found = {
-        "response_length": sum(len(r.response_ids) for r in rollouts) / n,
-        "clipped_share": sum(r.finish == "length" for r in rollouts) / n,
+        "response_length": (float(sum(len(r.response_ids) for r in rollouts)), n),
+        "clipped_share": (float(sum(r.finish == "length" for r in rollouts)), n),
     }
     if rollouts and all(r.reward is not None for r in rollouts):
-        found["reward"] = sum(r.reward or 0.0 for r in rollouts) / n
-        found["accuracy"] = sum(bool(r.correct) for r in rollouts) / n
+        found["reward"] = (sum(r.reward or 0.0 for r in rollouts), n)
+        found["accuracy"] = (float(sum(bool(r.correct) for r in rollouts)), n)
     return found
 
 
-def step_metrics(step: Step, rollouts: Sequence[Rollout], k: int, vocab: int) -> dict[str, float]:
+def step_metrics(step: Step, rollouts: Sequence[Rollout], k: int, vocab: int) -> Means:
     """Everything about one source's step. Several teachers get `/NAME` behind each of their numbers."""
     found = rollout_metrics(rollouts)
     student = step.views.get("student")
@@ -80,21 +98,19 @@ def step_metrics(step: Step, rollouts: Sequence[Rollout], k: int, vocab: int) ->
     if student.entropy is not None:
         found["entropy_student"] = _mean(student.entropy)
     if "behaviour" in step.views:
-        gap = (student.sampled - step.views["behaviour"].sampled).abs()
-        if bool((gap > 0).any()):
-            found["sampler_gap"] = _mean(gap)
+        found["sampler_gap"] = _mean((student.sampled - step.views["behaviour"].sampled).abs())
     teachers = [name for name in step.views if name not in ("student", "behaviour")]
     for name in teachers:
         suffix = f"/{name}" if len(teachers) > 1 else ""
         agreed = agreement(student, step.views[name], min(k, vocab))
         found |= {key + suffix: value for key, value in agreed.items()}
         if "overlap_ratio" in agreed:
-            found["overlap_chance"] = min(k, vocab) / vocab
+            found["overlap_chance"] = (min(k, vocab) / vocab, 1.0)
     return found
 
 
-def _mean(x: Float[Tensor, " N"]) -> float:
-    return float(x.double().mean()) if x.numel() else 0.0
+def _mean(x: Float[Tensor, " N"]) -> tuple[float, float]:
+    return float(x.double().sum()), float(x.numel())
 
 
 def avg_at_k(correct: Mapping[str, Sequence[bool]]) -> tuple[float, float]:
@@ -104,12 +120,18 @@ def avg_at_k(correct: Mapping[str, Sequence[bool]]) -> tuple[float, float]:
     return float(means.mean()), float(means.std(unbiased=True) / n**0.5) if n > 1 else 0.0
 
 
-def token_mean_with_error(value: Float[Tensor, " N"], seq: Int[Tensor, " N"], sequences: int) -> tuple[float, float]:
+def sequence_totals(value: Float[Tensor, " N"], seq: Int[Tensor, " N"], sequences: int) -> list[tuple[float, float]]:
+    """(sum, tokens) of every sequence."""
+    total = value.new_zeros(sequences).index_add(0, seq, value).tolist()
+    return list(zip(total, torch.bincount(seq, minlength=sequences).double().tolist(), strict=True))
+
+
+def token_mean_with_error(totals: Sequence[tuple[float, float]]) -> tuple[float, float]:
     """Token mean and its standard error with sequences as the independent units (ratio estimator)."""
-    total = value.new_zeros(sequences).index_add(0, seq, value).double()
-    count = torch.bincount(seq, minlength=sequences).double()
+    total, count = torch.tensor(totals, dtype=torch.float64).unbind(1)
     mean = total.sum() / count.sum()
-    spread = ((total - mean * count).square().sum() * sequences / max(1, sequences - 1)).sqrt() / count.sum()
+    n = len(totals)
+    spread = ((total - mean * count).square().sum() * n / max(1, n - 1)).sqrt() / count.sum()
     return float(mean), float(spread)
 
 

@@ -4,6 +4,7 @@ Left out: quantised and sharded loading, and models that are not decoder-only tr
 """
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ class LanguageModel:
     model: Any  # transformers.PreTrainedModel
     tokenizer: Any  # transformers.PreTrainedTokenizerBase
     temperature: float = 1.0
+    forward: Callable[..., Any] | None = None  # called in place of the base model: a sharded model's entry
     _vocab: int | None = field(default=None, init=False, repr=False)
 
     @property
@@ -70,7 +72,8 @@ class LanguageModel:
 
     def hidden(self, input_ids: Int[Tensor, "B T"]) -> Float[Tensor, "B T D"]:
         """Last hidden states of right-padded sequences. No mask: no real token attends to the padding after it."""
-        return self.model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
+        run = self.forward or self.model.base_model
+        return run(input_ids=input_ids, use_cache=False).last_hidden_state
 
     def check_head(self) -> None:
         """Raise ModelError unless head(hidden) gives the model's own logits (an operation we do not know about)."""

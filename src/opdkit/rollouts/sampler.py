@@ -58,17 +58,19 @@ class Sample:
 
 
 def sample(
-    lm: LanguageModel, prompts: Sequence[Sequence[int]], how: Sampling, seed: int, keep: Keep | None = None
-) -> list[list[Sample]]:
+    lm: LanguageModel, prompts: Sequence[Sequence[int]], how: Sampling, seed: int, keep: Keep | None = None,
+    keys: Sequence[str] | None = None,
+) -> list[list[Sample]]:  # fmt: skip
     """Sample `how.group` responses to every prompt. Returns one list of samples per prompt, in the order given.
 
-    Deterministic in (weights, prompts, how, seed); torch's global random state is neither read nor changed. Raises
+    `keys` are the prompts' random-number keys where they are part of a longer list (`prompt_keys`). Deterministic in
+    (weights, prompts, how, seed or keys); torch's global random state is neither read nor changed. Raises
     RecipeError for settings that cannot work with this model, DataError for a prompt that is empty or leaves no room
     for `max_new_tokens`, and NonFiniteError when the model returns NaN.
     """
     keep = keep or Keep()
     _check(lm, prompts, how, keep)
-    keys = _keys(prompts, seed)
+    keys = keys or prompt_keys(prompts, seed)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # similar lengths: little padding
     rows = [(i, j) for i in order for j in range(how.group)]
     size = max(how.max_rows // how.group * how.group, min(how.max_rows, how.group))  # whole groups where they fit
@@ -104,7 +106,7 @@ def _check(lm: LanguageModel, prompts: Sequence[Sequence[int]], how: Sampling, k
             )
 
 
-def _keys(prompts: Sequence[Sequence[int]], seed: int) -> list[str]:
+def prompt_keys(prompts: Sequence[Sequence[int]], seed: int) -> list[str]:
     """One random-number key per prompt: of its tokens, and of how many equal prompts come before it."""
     before: Counter[tuple[int, ...]] = Counter()
     keys = []

@@ -14,10 +14,11 @@ Prompts = Sequence[tuple[Problem, tuple[int, ...]]]
 
 
 def on_policy(
-    lm: LanguageModel, prompts: Prompts, how: Sampling, seed: int, keep: Keep | None = None, version: int = 0
-) -> list[Rollout]:
+    lm: LanguageModel, prompts: Prompts, how: Sampling, seed: int, keep: Keep | None = None, version: int = 0,
+    keys: Sequence[str] | None = None,
+) -> list[Rollout]:  # fmt: skip
     """Sampled responses, the group of one prompt side by side."""
-    groups = sample(lm, [ids for _, ids in prompts], how, seed, keep)
+    groups = sample(lm, [ids for _, ids in prompts], how, seed, keep, keys)
     return [
         Rollout(problem, ids, s.ids, s.text, group, s.finish, version=version, capture=s.capture)
         for group, ((problem, ids), samples) in enumerate(zip(prompts, groups, strict=True))
@@ -42,7 +43,7 @@ def from_dataset(lm: LanguageModel, task: Task, prompts: Prompts, how: Sampling)
 
 
 def roll_out(
-    sources: dict[str, tuple[object, Prompts]],
+    sources: dict[str, tuple[object, Prompts, Sequence[str]]],
     lm: LanguageModel,
     task: Task,
     how: Sampling,
@@ -50,11 +51,11 @@ def roll_out(
     seed: int,
     version: int,
 ) -> dict[str, list[Rollout]]:
-    """Rollouts of every source; groups are numbered through, so that no two sources share one."""
+    """Rollouts of every source, given with its prompts and their random-number keys; groups are numbered through."""
     found, offset = {}, 0
-    for name, (source, prompts) in sources.items():
+    for name, (source, prompts, keys) in sources.items():
         if isinstance(source, OnPolicy):
-            rollouts = on_policy(lm, prompts, how, seed, keep, version)
+            rollouts = on_policy(lm, prompts, how, seed, keep, version, keys)
         else:
             rollouts = from_dataset(lm, task, prompts, how)
         found[name] = [replace(r, source=name, group=r.group + offset) for r in rollouts]

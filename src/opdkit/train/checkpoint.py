@@ -55,10 +55,12 @@ def save_checkpoint(
     trainer_state: dict[str, Any],
     *,
     keep: int,
+    weights: dict[str, Tensor] | None = None,
 ) -> Path:
     """Write run/checkpoints/step-NNNNNN, delete all but the `keep` newest, and return the new folder.
 
-    Parameters are stored in the dtype that they have. `trainer_state` is what `pack` accepts.
+    Parameters are stored in the dtype that they have; `weights` are the whole ones of a
+    sharded model. `trainer_state` is what `pack` accepts.
     Raises RunError when the disk is full or the state cannot be stored; earlier checkpoints are then untouched.
     """
     assert keep >= 1, keep
@@ -74,7 +76,7 @@ def save_checkpoint(
             shutil.rmtree(stale)
         try:
             with _no_progress_bars():
-                model.save_pretrained(temporary)
+                model.save_pretrained(temporary, state_dict=weights)
                 tokenizer.save_pretrained(temporary)
             _write_state(temporary, step, state, tensors)
             _move_into_place(temporary, final)

@@ -9,17 +9,18 @@ import torch
 
 from opdkit.config import Recipe, load_recipe
 from opdkit.errors import RunError
-from opdkit.metrics import avg_at_k, rollout_metrics, token_mean_with_error
+from opdkit.metrics import averages, avg_at_k, rollout_metrics, sequence_totals, summed, token_mean_with_error
 from opdkit.models import LanguageModel
 from opdkit.rewards.verify import verify_rollouts
 from opdkit.rollouts.flatten import flatten
 from opdkit.rollouts.rollout import Rollout
-from opdkit.rollouts.sampler import Keep
-from opdkit.rollouts.sources import on_policy
+from opdkit.rollouts.sampler import Keep, Sampling, prompt_keys
+from opdkit.rollouts.sources import Prompts, on_policy
 from opdkit.signals import full_divergence
 from opdkit.step import Step
 from opdkit.support import Full
 from opdkit.train.setup import Setup, derive_seed, set_up
+from opdkit.train.sharding import whole
 from opdkit.views.local import score
 
 
@@ -37,12 +38,14 @@ def evaluate(setup: Setup, lm: LanguageModel, step: int) -> dict[str, Any]:
     record: dict[str, Any] = {"step": step, "who": lm.name, "problems": len(setup.eval), "samples": e.samples}
     if setup.task.verify is not None:
         seed = derive_seed(setup.recipe.seed, "eval")
-        rollouts = verify_rollouts(setup.task, on_policy(lm, setup.eval, how, seed))
-        correct = defaultdict(list)
-        for r in rollouts:
-            correct[r.problem.id].append(bool(r.correct))
-        record["accuracy"], record["accuracy_se"] = avg_at_k(correct)
-        record |= {k: v for k, v in rollout_metrics(rollouts).items() if k in ("response_length", "clipped_share")}
+        with whole(lm):
+            rollouts = verify_rollouts(setup.task, sample_mine(setup, lm, setup.eval, how, seed))
+        judged: dict[str, list[bool]] = defaultdict(list)
+        for problem, correct in setup.processes.gather([(r.problem.id, bool(r.correct)) for r in rollouts]):
+            judged[problem].append(correct)
+        record["accuracy"], record["accuracy_se"] = avg_at_k(judged)
+        means = averages(summed(setup.processes.gather([rollout_metrics(rollouts)])))
+        record |= {k: v for k, v in means.items() if k in ("response_length", "clipped_share")}
     if lm.name == "student" and e.kl_prompts and setup.teachers:
         record |= held_out_kl(setup, lm)
     return record
@@ -53,22 +56,38 @@ def held_out_kl(setup: Setup, lm: LanguageModel) -> dict[str, float]:
     """Exact full-vocabulary KL(student, teacher) per token on the student's own samples to held-out prompts (nats)."""
     prompts = setup.eval[: setup.recipe.eval.kl_prompts]
     seed = derive_seed(setup.recipe.seed, "kl")
-    rollouts = on_policy(lm, prompts, replace(setup.sampling, group=1), seed, Keep(1, hidden=True))
-    step = flatten(rollouts, device=lm.device, head=lm.head())
     found: dict[str, float] = {}
-    for name, teacher in setup.teachers.items():
-        value, error = reverse_kl(setup, teacher, rollouts, step)
+    with whole(lm):
+        how = replace(setup.sampling, group=1)
+        rollouts = sample_mine(setup, lm, prompts, how, seed, Keep(1, hidden=True))
+        step = flatten(rollouts, device=lm.device, head=lm.head()) if rollouts else None
+        totals = {
+            name: reverse_kl(setup, teacher, rollouts, step) if step is not None else []
+            for name, teacher in setup.teachers.items()
+        }
+    for name, own in totals.items():
+        value, error = token_mean_with_error(setup.processes.gather(own))
         suffix = f"/{name}" if len(setup.teachers) > 1 else ""
         found |= {f"reverse_kl{suffix}": value, f"reverse_kl_se{suffix}": error}
     return found
 
 
-def reverse_kl(setup: Setup, teacher: LanguageModel, rollouts: list[Rollout], step: Step) -> tuple[float, float]:
-    """Token mean and standard error of the exact reverse KL of a step whose student view kept its hidden states."""
-    scores = score(teacher, rollouts, step, Full(), budget=setup.recipe.train.score_tokens)
+def sample_mine(
+    setup: Setup, lm: LanguageModel, prompts: Prompts, how: Sampling, seed: int, keep: Keep | None = None
+) -> list[Rollout]:
+    """This process's part of the responses to some prompts, drawn with the random numbers of the whole list."""
+    keys = prompt_keys([ids for _, ids in prompts], seed)
+    mine = setup.processes.mine
+    return on_policy(lm, mine(prompts), how, seed, keep, keys=mine(keys))
+
+
+def reverse_kl(setup: Setup, teacher: LanguageModel, rollouts: list[Rollout], step: Step) -> list[tuple[float, float]]:
+    """(sum of the exact reverse KL, tokens) of every sequence of a step whose student view kept its hidden states."""
+    seen = setup.as_read_by(teacher, rollouts)
+    scores = score(teacher, seen, step, Full(), budget=setup.recipe.train.score_tokens)
     both = replace(step, views={**step.views, "teacher": scores})
     value = full_divergence(both, "teacher", "reverse_kl")
-    return token_mean_with_error(value, step.layout.seq, step.layout.sequences)
+    return sequence_totals(value, step.layout.seq, step.layout.sequences)
 
 
 def evaluate_run(target: str, overrides: list[str]) -> str:

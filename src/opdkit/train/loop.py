@@ -16,23 +16,26 @@ import torch
 
 from opdkit.config import Recipe
 from opdkit.errors import NonFiniteError
-from opdkit.metrics import Clock, peak_memory_mb, step_metrics
+from opdkit.metrics import Clock, averages, peak_memory_mb, step_metrics, summed
 from opdkit.rewards.verify import verify_rollouts
 from opdkit.rollouts.flatten import flatten
 from opdkit.rollouts.rollout import Rollout
+from opdkit.rollouts.sampler import prompt_keys
 from opdkit.rollouts.sources import roll_out
 from opdkit.step import Scores, Step
 from opdkit.support import Full, Sampled
 from opdkit.train.checkpoint import latest_checkpoint, load_checkpoint, load_weights, save_checkpoint
 from opdkit.train.data import PromptOrder
 from opdkit.train.evaluate import evaluate, summary
+from opdkit.train.optimise import Optimiser
 from opdkit.train.progress import Progress
 from opdkit.train.record import run_information, save_batch, save_rollouts
 from opdkit.train.run import Run
 from opdkit.train.setup import Setup, derive_seed, describe, set_up, split_prompts
+from opdkit.train.sharding import gathered, is_sharded, shard, whole
 from opdkit.train.state import rng_state, set_rng_state
-from opdkit.train.trackers import Trackers, truncate_after
-from opdkit.train.update import micro_steps, streams
+from opdkit.train.trackers import Trackers
+from opdkit.train.update import Stream, coefficients, expected_batches, losses, parts, plan, streams
 from opdkit.views.local import score
 
 
@@ -42,30 +45,33 @@ def dry_run(recipe: Recipe) -> str:
 
 
 def train(recipe: Recipe, *, resume: bool = False) -> Path:
-    """Run a recipe to its end and return the run folder.
+    """Run a recipe to its end and return the run folder; one call in each of the run's processes.
 
     Raises OpdkitError for whatever does not fit, NonFiniteError for NaN or infinite values (a batch that could be
     sampled is saved), and SystemExit after SIGINT or SIGTERM, once the step is finished and saved.
     """
     setup = set_up(recipe)
-    r, method, student = setup.recipe, setup.method, setup.student
-    with Run.open(r.output, recipe, resume=resume) as run:
+    r, method, student, everyone = setup.recipe, setup.method, setup.student, setup.processes
+    with open_run(setup, resume) as run:
+        newest = everyone.share(latest_checkpoint(run.path) if resume else None)
+        saved = load_checkpoint(newest) if newest else None
+        if newest:
+            load_weights(student.model, newest)
+        if r.train.sharding == "fsdp2":
+            shard(student, everyone)
+        optimiser = Optimiser(r, student, everyone)
         order = PromptOrder(len(setup.train), r.seed)
         state = {hook.name: hook.init() for hook in method.after_update}
-        start = 0
         torch.manual_seed(derive_seed(r.seed, "torch"))
-        if resume and (newest := latest_checkpoint(run.path)):
-            saved = load_checkpoint(newest)
-            load_weights(student.model, newest)
-            start, order, state = restore(setup, saved)
-        truncate_after(run.path, start)
-        run.update(finished=None, **run_information(setup))
-        began = datetime.now(UTC)
-        before = float(run.info.get("seconds") or 0.0) if start else 0.0
+        start = 0
+        if saved:
+            start, order, state = restore(setup, optimiser, saved)
+        began, before = datetime.now(UTC), float(run.info.get("seconds") or 0.0) if start else 0.0
+        run.begin(start, finished=None, **run_information(setup))
         stop = StopSignal()
 
-        with Trackers(run.path, r.log.trackers, r.model_dump(mode="json")) as trackers, stop, \
-                Progress(r.train.steps, start) as progress:  # fmt: skip
+        with Trackers(run.path, r.log.trackers, r.model_dump(mode="json"), active=everyone.main) as trackers, stop, \
+                Progress(r.train.steps, start, active=everyone.main) as progress:  # fmt: skip
             if start == 0:
                 for lm in [student, *(setup.teachers.values() if r.eval.teacher else ())]:
                     trackers.evaluation(record := evaluate(setup, lm, 0))
@@ -73,13 +79,14 @@ def train(recipe: Recipe, *, resume: bool = False) -> Path:
 
             for step in range(start + 1, r.train.steps + 1):
                 clock = Clock()
-                with clock("sample"):
-                    rollouts = sample_step(setup, order, step)
-                with clock("score"), keep_batch(run, step, rollouts):
-                    steps = {name: make_step(setup, name, rollouts[name], step, state) for name in rollouts}
-                    found = streams(method, steps, r.train.reduction)
+                with whole(student):
+                    with clock("sample"):
+                        rollouts = sample_step(setup, order, step)
+                    with clock("score"), keep_batch(run, step, rollouts):
+                        steps = {name: make_step(setup, name, rollouts[name], step, state) for name in rollouts}
+                        found = streams(method, steps)
                 with clock("update"), keep_batch(run, step, rollouts, steps):
-                    numbers = update(setup, rollouts, steps, found)
+                    numbers = update(setup, optimiser, rollouts, steps, found, step)
                 for hook in method.after_update:
                     state[hook.name] = hook.update(state[hook.name], numbers)
                 numbers |= measure(setup, rollouts, steps)
@@ -87,20 +94,19 @@ def train(recipe: Recipe, *, resume: bool = False) -> Path:
                 numbers["tokens_per_second"] = numbers["tokens"] / numbers["seconds/step"]
                 trackers.log(step, numbers)
                 progress.update(step, numbers)
-                last = step == r.train.steps or stop.received
-                if step % r.log.rollouts_every == 0 or last or step == 1:
+                stopping = everyone.largest(stop.received)
+                last = step == r.train.steps or stopping
+                if everyone.main and (step % r.log.rollouts_every == 0 or last or step == 1):
                     save_rollouts(setup, run.path, step, rollouts, steps, found)
                 if step == r.train.steps or (r.eval.every and step % r.eval.every == 0):
                     trackers.evaluation(record := evaluate(setup, student, step))
                     progress.say(f"step {step}: {summary(record)}")
                 if last or (r.train.checkpoint_every and step % r.train.checkpoint_every == 0):
-                    checkpoint(setup, run, step, order, state)
+                    checkpoint(setup, run, optimiser, step, order, state)
                     run.update(step=step, seconds=before + (datetime.now(UTC) - began).total_seconds())
-                if stop.received:
+                if stopping:
                     progress.say(f"stopped after step {step}, saved in {run.path}; go on with --resume")
-                    break
-        if stop.received:
-            raise SystemExit(128 + stop.received)
+                    raise SystemExit(128 + stopping)
         run.update(finished=datetime.now(UTC).isoformat(timespec="seconds"))
         return run.path
 
@@ -109,20 +115,36 @@ def train(recipe: Recipe, *, resume: bool = False) -> Path:
 # The steps of the loop
 
 
+def open_run(setup: Setup, resume: bool) -> Run:
+    """The run folder: the main process opens it, the others follow what it says."""
+    recipe, everyone = setup.recipe, setup.processes
+    if everyone.main:
+        run = Run.open(recipe.output, recipe, resume=resume)
+        everyone.share(run.info)
+        return run
+    return Run.follow(recipe.output, recipe, everyone.share({}))
+
+
 def sample_step(setup: Setup, order: PromptOrder, step: int) -> dict[str, list[Rollout]]:
-    """Draw the step's prompts, roll them out, run the method's prepare steps and verify."""
-    r, method = setup.recipe, setup.method
-    sources: dict[str, tuple[object, Any]] = {}
-    for name, count in split_prompts(method, r.train.prompts_per_step).items():
-        sources[name] = (method.rollouts[name], [setup.train[i] for i in order.take(count)])
+    """Draw the step's prompts, roll out this process's part of them, run the method's prepare steps and verify."""
+    r, method, everyone = setup.recipe, setup.method, setup.processes
     seed = derive_seed(r.seed, "sample", step)
+    sources: dict[str, Any] = {}
+    numbers: list[int] = []  # of this process's prompts among all prompts of the step
+    offset = 0
+    for name, count in split_prompts(method, r.train.prompts_per_step).items():
+        prompts = [setup.train[i] for i in order.take(count)]
+        keys = prompt_keys([ids for _, ids in prompts], seed)
+        sources[name] = (method.rollouts[name], everyone.mine(prompts), everyone.mine(keys))
+        numbers += everyone.mine(range(offset, offset + count))
+        offset += count
     with setup.accelerator.autocast():
         found = roll_out(sources, setup.student, setup.task, setup.sampling, setup.keep, seed, step - 1)
     for name, rollouts in found.items():
         verified = verify_rollouts(setup.task, rollouts) if name == "policy" else rollouts
         for prepare in method.prepare:
             verified = prepare(verified)
-        found[name] = verified
+        found[name] = [replace(r, group=numbers[r.group]) for r in verified]
     return found
 
 
@@ -147,57 +169,60 @@ def make_step(setup: Setup, source: str, rollouts: list[Rollout], step: int, sta
             views["student"] = score(student, rollouts, flat, support, budget=budget, top_k=setup.keep.top_k)
             flat = replace(flat, views=views)
         for name, view in setup.method.views.items():
-            views[name] = score(setup.teachers[view.model], rollouts, flat, view.support, budget=budget, top_k=k)
+            teacher = setup.teachers[view.model]
+            seen = setup.as_read_by(teacher, rollouts)
+            views[name] = score(teacher, seen, flat, view.support, budget=budget, top_k=k)
     return replace(flat, views=views)
 
 
-def update(setup: Setup, rollouts: Any, steps: Mapping[str, Step], found: Any) -> dict[str, float]:
-    """One optimiser step. Raises NonFiniteError, with the weights untouched, when loss or gradient is not finite."""
-    r, model = setup.recipe, setup.student.model
-    setup.optimizer.zero_grad(set_to_none=True)
-    total = 0.0
-    model.train()
-    with setup.accelerator.autocast():
-        for loss in micro_steps(setup.student, rollouts, steps, found, r.train.microbatch_tokens, r.train.head_chunk):
-            setup.accelerator.backward(loss)
-            total += float(loss.detach())
-    model.eval()
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), r.optim.grad_clip).item()
-    if not (abs(total) < float("inf") and norm < float("inf")):
-        raise NonFiniteError(f"loss is {total} and gradient norm {norm}; the weights are unchanged. Look at the saved batch, "
-                             "lower optim.lr or use train.precision: fp32")  # fmt: skip
-    rate = float(setup.scheduler.get_last_lr()[0])
-    setup.optimizer.step()
-    setup.scheduler.step()
-    return {"loss": total, "grad_norm": norm, "lr": rate}
+def update(
+    setup: Setup, optimiser: Optimiser, rollouts: Mapping[str, list[Rollout]], steps: Mapping[str, Step],
+    found: Mapping[str, list[Stream]], step: int,
+) -> dict[str, float]:  # fmt: skip
+    """The step's optimiser updates: every epoch goes through its mini-batches. Returns the updates' mean numbers."""
+    t, model, everyone = setup.recipe.train, setup.student, setup.processes
+    numbers: list[dict[str, float]] = []
+    model.model.train()
+    for epoch in range(t.epochs):
+        seed = derive_seed(setup.recipe.seed, "minibatches", step, epoch)
+        for part in parts(rollouts, t.minibatches, t.prompts_per_step, seed):
+            coefs = coefficients(found, steps, part, everyone, t.reduction)
+            batches = plan(rollouts, steps, found, coefs, part, t.microbatch_tokens)
+            expected = expected_batches(model, batches, everyone)
+            with setup.accelerator.autocast():
+                numbers.append(optimiser.step(losses(model, batches, expected, t.head_chunk), expected))
+    model.model.eval()
+    mean = {key: sum(n[key] for n in numbers) / len(numbers) for key in numbers[0]}
+    return mean | {"lr": numbers[-1]["lr"]}
 
 
 def measure(setup: Setup, rollouts: Mapping[str, list[Rollout]], steps: Mapping[str, Step]) -> dict[str, float]:
-    """The step's metrics: of the student's own rollouts where it has any, else of the data's."""
+    """The step's metrics over all processes: of the student's own rollouts where it has any, else of the data's."""
     name = "policy" if "policy" in steps else next(iter(steps))
-    found = step_metrics(steps[name], rollouts[name], setup.recipe.log.top_k, setup.student.head().size)
-    found["tokens"] = sum(step.tokens.shape[0] for step in steps.values())
+    own = step_metrics(steps[name], rollouts[name], setup.recipe.log.top_k, setup.student.head().size)
+    own["tokens"] = (float(sum(step.tokens.shape[0] for step in steps.values())), 1.0)
+    means = summed(setup.processes.gather([own]))
+    found = averages(means) | {"tokens": means["tokens"][0]}
+    if not found.get("sampler_gap", 1.0):  # nothing was truncated or scored again
+        del found["sampler_gap"]
     return found
 
 
-def checkpoint(setup: Setup, run: Run, step: int, order: PromptOrder, state: dict[str, Any]) -> None:
-    """Save the student and everything that the next step depends on."""
-    trainer = {
-        "step": step,
-        "optimizer": setup.optimizer.state_dict(),
-        "scheduler": setup.scheduler.state_dict(),
-        "rng": rng_state(),
-        "order": order.state(),
-        "method": state,
-    }
-    keep = setup.recipe.train.keep_checkpoints
-    save_checkpoint(run, step, setup.student.model, setup.student.tokenizer, trainer, keep=keep)
+def checkpoint(
+    setup: Setup, run: Run, optimiser: Optimiser, step: int, order: PromptOrder, state: dict[str, Any]
+) -> None:
+    """Save the student and everything that the next step depends on; the main process writes."""
+    trainer = optimiser.state() | {"step": step, "rng": rng_state(), "order": order.state(), "method": state}
+    weights = gathered(setup.student.model.state_dict()) if is_sharded(setup.student) else None
+    if setup.processes.main:
+        keep = setup.recipe.train.keep_checkpoints
+        save_checkpoint(run, step, setup.student.model, setup.student.tokenizer, trainer, keep=keep, weights=weights)
+    setup.processes.wait()
 
 
-def restore(setup: Setup, saved: dict[str, Any]) -> tuple[int, PromptOrder, dict[str, Any]]:
+def restore(setup: Setup, optimiser: Optimiser, saved: dict[str, Any]) -> tuple[int, PromptOrder, dict[str, Any]]:
     """Put a checkpoint's state back. Returns (finished steps, prompt order, method state)."""
-    setup.optimizer.load_state_dict(saved["optimizer"])
-    setup.scheduler.load_state_dict(saved["scheduler"])
+    optimiser.restore(saved)
     set_rng_state(saved["rng"])
     order = PromptOrder.restore(len(setup.train), setup.recipe.seed, saved["order"])
     return int(saved["step"]), order, dict(saved["method"])

@@ -28,10 +28,10 @@ SHOWN = (
 
 
 class Progress:
-    """Shows a run of `total` optimiser steps, of which `start` were done before; a context manager."""
+    """Shows a run of `total` steps, of which `start` were done before, unless it is not `active`; a context manager."""
 
-    def __init__(self, total: int, start: int = 0, console: Console | None = None) -> None:
-        self.console = console or Console(stderr=True, highlight=False)
+    def __init__(self, total: int, start: int = 0, console: Console | None = None, active: bool = True) -> None:
+        self.console = console or Console(stderr=True, highlight=False, quiet=not active)
         self.live = self.console.is_interactive
         self._bar = _Bar(self.console, shown=self.live)
         self._task = self._bar.add_task("train", total=total, completed=start)

@@ -1,7 +1,7 @@
 """A run folder: who may write in it, which recipe made it, and small files that are never half written.
 
 Left out: metrics, rollouts and the report, which other modules append to the folder, and checkpoints (`checkpoint.py`).
-In a job of several processes only the main one opens the run.
+In a job of several processes the main one opens the run and the others follow it.
 """
 
 import errno
@@ -20,6 +20,7 @@ from typing import Any, Literal, TextIO
 from opdkit import __version__
 from opdkit.config import Recipe, dump_recipe, load_recipe
 from opdkit.errors import OpdkitError, RecipeError, RunError
+from opdkit.train.trackers import truncate_after
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 NO_FOLDER_SYNC = (errno.EINVAL, errno.ENOTSUP)  # network file systems that cannot fsync a folder
@@ -45,7 +46,7 @@ class Run:
     run.json. A context manager.
     """
 
-    def __init__(self, path: Path, recipe: Recipe, lock: TextIO, resumed: bool, info: dict[str, Any]) -> None:
+    def __init__(self, path: Path, recipe: Recipe, lock: TextIO | None, resumed: bool, info: dict[str, Any]) -> None:
         self.path, self.recipe, self.resumed, self.info = path, recipe, resumed, info
         self._lock = lock
 
@@ -75,14 +76,27 @@ class Run:
             stack.pop_all()
         return run
 
+    @classmethod
+    def follow(cls, output: str, recipe: Recipe, info: dict[str, Any]) -> "Run":
+        """The run as the other processes of a job see it once the main one has opened it: they write nothing."""
+        return cls(Path(output).expanduser(), recipe, None, bool(info.get("step")), info)
+
+    def begin(self, step: int, **fields: Any) -> None:
+        """Go on after `step`: forget the records of later steps, and merge fields into run.json."""
+        if self._lock is not None:
+            truncate_after(self.path, step)
+        self.update(**fields)
+
     def update(self, **fields: Any) -> None:
         """Merge fields into run.json, atomically. Raises RunError when the disk is full."""
         self.info = {**self.info, **fields}
-        write_json(self.path / "run.json", self.info)
+        if self._lock is not None:
+            write_json(self.path / "run.json", self.info)
 
     def close(self) -> None:
         """Let other processes open the folder."""
-        self._lock.close()
+        if self._lock is not None:
+            self._lock.close()
 
     def __enter__(self) -> "Run":
         return self

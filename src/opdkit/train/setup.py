@@ -1,23 +1,24 @@
-"""Everything a run needs, loaded and checked before the run folder is touched."""
+"""Everything a run needs, loaded and checked before the run folder is touched. The optimiser is `train.optimise`'s."""
 
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from opdkit.catalogue import build_method
 from opdkit.config import Recipe, nearest
 from opdkit.errors import ModelError, RecipeError
 from opdkit.method import Method
 from opdkit.models import LanguageModel, check_same_vocabulary, load_model
+from opdkit.rollouts.rollout import Rollout
 from opdkit.rollouts.sampler import Keep, Sampling
 from opdkit.sources import OnPolicy
 from opdkit.support import Full, TopK
 from opdkit.tasks.load import load_task
 from opdkit.tasks.problem import Task
 from opdkit.tasks.prompts import EncodedProblems, encode_problems
+from opdkit.tasks.rows import prompt_key
+from opdkit.train.processes import Processes
 
 
 @dataclass
@@ -32,8 +33,11 @@ class Setup:
     train: EncodedProblems
     eval: EncodedProblems
     accelerator: Any  # accelerate.Accelerator
-    optimizer: torch.optim.Optimizer
-    scheduler: torch.optim.lr_scheduler.LambdaLR
+    processes: Processes
+
+    def as_read_by(self, lm: LanguageModel, rollouts: list[Rollout]) -> list[Rollout]:
+        """The rollouts with the prompts that a model reads."""
+        return rollouts
 
     @property
     def sampling(self) -> Sampling:
@@ -64,19 +68,19 @@ class Setup:
 
 def set_up(recipe: Recipe) -> Setup:
     """Load and check everything. Raises OpdkitError with one clear sentence for whatever does not fit."""
-    from accelerate import Accelerator
-
     method = build_method(recipe.method.name, recipe.method.arguments)
     check_recipe(recipe, method)
-    precision = recipe.train.precision
-    accelerator = Accelerator(mixed_precision="no" if precision == "fp32" else precision)
+    accelerator = start_accelerator(recipe)
+    processes = Processes(accelerator.process_index, accelerator.num_processes, accelerator.device)
+    check_processes(recipe, method, processes)
     task = load_task(recipe.task)
     if method.needs_reward and task.verify is None:
         raise RecipeError(f"method {method.name} learns from rewards, but task '{task.name}' has no verifier; "
                           "give the data an answer column or set task.verifier")  # fmt: skip
-    student = load_model(recipe.student, "student", accelerator.device)
+    with accelerator.main_process_first():  # the first process builds what the cache lacks
+        student = load_model(recipe.student, "student", accelerator.device)
+        teachers = {name: load_model(config, name, accelerator.device) for name, config in recipe.teachers.items()}
     student.temperature = recipe.sampling.temperature
-    teachers = {name: load_model(config, name, accelerator.device) for name, config in recipe.teachers.items()}
     for teacher in teachers.values():
         check_same_vocabulary(student, teacher)
         teacher.model.requires_grad_(False)
@@ -87,9 +91,50 @@ def set_up(recipe: Recipe) -> Setup:
     new = recipe.sampling.max_new_tokens
     train = encode_problems(task.train, student.tokenizer, recipe.task, context, new)
     held_out = encode_problems(task.eval, student.tokenizer, recipe.task, context, recipe.eval.max_new_tokens or new)
-    optimizer = make_optimizer(recipe, student.model)
-    scheduler = make_scheduler(recipe, optimizer)
-    return Setup(recipe, method, student, teachers, task, train, held_out, accelerator, optimizer, scheduler)
+    if processes.count > 1:
+        processes.check_same({
+            "recipes": recipe.model_dump_json(exclude={"output"}),
+            "training prompts": "\n".join([str(len(train)), *(prompt_key(train.problems[i]) for i in _probe(len(train)))]),
+            "held-out prompts": "\n".join(map(prompt_key, held_out.problems)),
+        })  # fmt: skip
+    return Setup(recipe, method, student, teachers, task, train, held_out, accelerator, processes)
+
+
+def _probe(size: int, most: int = 256) -> range:
+    """All indices of a small data set, evenly spread ones of a large or generated one."""
+    return range(0, size, max(1, size // most))
+
+
+def start_accelerator(recipe: Recipe) -> Any:
+    """The device, the processes and the precision. Raises RecipeError for a precision that this device lacks."""
+    from accelerate import Accelerator
+
+    precision = recipe.train.precision
+    try:
+        return Accelerator(mixed_precision="no" if precision == "fp32" else precision)
+    except ValueError as error:
+        raise RecipeError(
+            f"train.precision = {precision} cannot be used on this device ({error}); use bf16 or fp32"
+        ) from error
+
+
+def check_processes(recipe: Recipe, method: Method, processes: Processes) -> None:
+    """Raise RecipeError when the processes cannot share the recipe's work."""
+    t = recipe.train
+    if t.sharding != "none":
+        if processes.count == 1:
+            raise RecipeError(f"train.sharding = {t.sharding} has no effect with one process; start several, as in "
+                              "`accelerate launch --num_processes 2 -m opdkit train ...`, or remove it")  # fmt: skip
+        if recipe.student.quantize != "none" or t.precision == "fp16":
+            raise RecipeError("train.sharding = fsdp2 works with neither a quantised student nor precision fp16; use "
+                              "student.dtype / train.precision bf16 or fp32")  # fmt: skip
+    for name, count in split_prompts(method, t.prompts_per_step).items():
+        if 0 < count < processes.count:
+            raise RecipeError(f"train.prompts_per_step = {t.prompts_per_step} gives source '{name}' {count} prompts a step "
+                              f"for {processes.count} processes; raise it so that each process has at least one")  # fmt: skip
+    if t.minibatches > t.prompts_per_step:
+        raise RecipeError(f"train.minibatches = {t.minibatches} exceeds train.prompts_per_step = {t.prompts_per_step}; the "
+                          "responses to one prompt stay together")  # fmt: skip
 
 
 def check_recipe(recipe: Recipe, method: Method) -> None:
@@ -143,26 +188,6 @@ def split_prompts(method: Method, prompts: int) -> dict[str, int]:
         upto = round(share * prompts)
         counts[name], done = upto - done, upto
     return counts
-
-
-def make_optimizer(recipe: Recipe, model: torch.nn.Module) -> torch.optim.Optimizer:
-    """AdamW; weight decay on matrices only."""
-    o = recipe.optim
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": o.weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=o.lr, betas=o.betas, eps=o.eps, fused=True)
-
-
-def make_scheduler(recipe: Recipe, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LambdaLR:
-    """The recipe's schedule, one value per optimiser step."""
-    from transformers import get_scheduler
-
-    warmup, steps = recipe.optim.warmup_steps, recipe.train.steps
-    name = "constant_with_warmup" if recipe.optim.schedule == "constant" else recipe.optim.schedule
-    return get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=steps)
 
 
 def derive_seed(*parts: object) -> int:

@@ -36,14 +36,18 @@ class Trackers:
     """Writes a run's metrics and evaluations to its JSONL files and to the trackers named.
 
     `names` are those of `log.trackers`; `config` is the recipe as a mapping and is shown by the trackers. In a folder
-    that already has metrics the trackers go on after the last step there, so call `truncate_after` before.
+    that already has metrics the trackers go on after the last step there, so call `truncate_after` before. Unless
+    `active` nothing is written: in a job of several processes the main one does.
     Raises RecipeError for an unknown name, and RunError when a tracker cannot start or a file cannot be written.
     """
 
-    def __init__(self, run: Path, names: Sequence[str], config: Mapping[str, Any]) -> None:
+    def __init__(self, run: Path, names: Sequence[str], config: Mapping[str, Any], active: bool = True) -> None:
         unknown = sorted(set(names) - set(WRITERS))
         if unknown:
             raise RecipeError(f"log.trackers has '{unknown[0]}'; expected some of {', '.join(WRITERS)}")
+        self._active, self._closers = active, ExitStack()
+        if not active:
+            return
         run.mkdir(parents=True, exist_ok=True)
         first_step = _first_step(run)
         with ExitStack() as stack:  # closes what is open when a later tracker cannot start
@@ -60,11 +64,15 @@ class Trackers:
     def log(self, step: int, values: Mapping[str, Number]) -> None:
         """Write one optimiser step's metrics; NaN and infinity become null in the file and are left out elsewhere."""
         assert "step" not in values, "the step is an argument, not a metric"
+        if not self._active:
+            return
         self._write(METRICS, {"step": step, **values})
         self._send(step, values)
 
     def evaluation(self, record: Mapping[str, Any]) -> None:
         """Write one evaluation, {"step", "who", "accuracy", ...}; trackers get its numbers as `eval/WHO/...`."""
+        if not self._active:
+            return
         self._write(EVALS, record)
         values = {key: value for key, value in record.items() if key not in ("step", "who")}
         self._send(record["step"], {f"eval/{record['who']}/{key}": value for key, value in values.items()})
