@@ -288,3 +288,41 @@ def test_dry_run_says_what_would_run_and_writes_nothing(recipe_data):
     text = dry_run(parse_recipe(recipe_data))
     assert "log_ratio" in text and "28 training and 8 held-out" in text and "(8 rollouts)" in text
     assert not Path(recipe_data["output"]).exists()
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision_stays_near_float32(recipe_data, tmp_path, precision):
+    """One step on the same samples: the half-precision gradient is near the float32 one, and fp16 scales its loss."""
+    settings = dict(train__steps=1, method={"name": "sft"}, teachers={}, sampling__group=1)
+    full = metrics(run(recipe_data, output=str(tmp_path / "full"), **settings))[0]
+    half = metrics(run(recipe_data, output=str(tmp_path / "half"), train__precision=precision, **settings))[0]
+    assert half["loss"] == pytest.approx(full["loss"], rel=2e-2) and half["loss"] != full["loss"]
+    assert half["grad_norm"] == pytest.approx(full["grad_norm"], rel=5e-2)
+    assert ("loss_scale" in half) == (precision == "fp16")
+
+
+def test_an_infinite_fp16_gradient_skips_the_update_and_lowers_the_scale(recipe_data, monkeypatch):
+    real = torch.amp.GradScaler
+    monkeypatch.setattr(
+        torch.amp, "GradScaler", lambda device, enabled: real(device, enabled=enabled, init_scale=2.0**60)
+    )
+    path = run(recipe_data, train__steps=2, train__precision="fp16")
+    first, second = metrics(path)
+    assert first["grad_norm"] is None  # how the file says infinity
+    assert second["loss_scale"] <= first["loss_scale"] == 2.0**59
+
+
+def test_a_teacher_with_its_own_template_reads_another_prompt(recipe_data, tmp_path):
+    """A template that writes `=` first changes what the teacher says and nothing else about the first step."""
+    from conftest import make_model, make_tokenizer
+
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = "={% for m in messages %}{{ m['content'] }}{% endfor %}"
+    other = make_model(tmp_path / "other", seed=2, layers=3, tokenizer=tokenizer)
+    rows = []
+    for template in ("student", "own"):
+        teachers = {"teacher": {"path": other, "template": template}}
+        path = run(recipe_data, teachers=teachers, train__steps=1, output=str(tmp_path / template))
+        rows.append(metrics(path)[0])
+    assert rows[0]["response_length"] == rows[1]["response_length"] and rows[0]["accuracy"] == rows[1]["accuracy"]
+    assert rows[0]["reverse_kl"] != pytest.approx(rows[1]["reverse_kl"], abs=1e-5)

@@ -8,18 +8,15 @@ import torch
 from conftest import make_tokenizer
 
 from opdkit.config import ModelConfig
-from opdkit.errors import DataError, NonFiniteError, RecipeError
+from opdkit.errors import DataError, ModelError, NonFiniteError, RecipeError
 from opdkit.head import Head
 from opdkit.losses import NO_MASS
 from opdkit.models import LanguageModel, load_model
 from opdkit.rollouts.cache import BufferLayer
 from opdkit.rollouts.decoder import compaction
-from opdkit.rollouts.draw import draw, inverse_cdf, truncate
-from opdkit.rollouts.sampler import Keep, Sampling, sample
-from opdkit.rollouts.sources import from_dataset, roll_out
+from opdkit.rollouts.draw import Cut, Other, draw, inverse_cdf, truncate
+from opdkit.rollouts.sampler import Keep, Mixture, Sampling, noise, prompt_keys, sample
 from opdkit.rollouts.stopping import StopStrings
-from opdkit.sources import Dataset, OnPolicy
-from opdkit.tasks.problem import Problem, Task
 
 PROMPTS = [[5, 9, 30], [7], [12, 3, 8, 20, 4, 11], [5, 9, 30, 2]]
 HOW = Sampling(group=3, max_new_tokens=12, eos_ids=(1, 3, 10, 12, 17, 28, 40))  # many, so that lengths differ
@@ -28,6 +25,11 @@ HOW = Sampling(group=3, max_new_tokens=12, eos_ids=(1, 3, 10, 12, 17, 28, 40))  
 @pytest.fixture(scope="module")
 def lm(student_path) -> LanguageModel:
     return load_model(ModelConfig(path=student_path), "student")
+
+
+@pytest.fixture(scope="module")
+def teacher(teacher_path) -> LanguageModel:
+    return load_model(ModelConfig(path=teacher_path), "teacher")
 
 
 def forced(lm, prompt, ids, temperature=1.0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -246,9 +248,9 @@ def test_rows_of_a_large_vocabulary_are_drawn_in_blocks_alike():
     generator = torch.Generator().manual_seed(1)
     head = Head(torch.randn(40_000, 8, generator=generator))
     hidden, u = torch.randn(20, 8, generator=generator), torch.rand(20, generator=generator, dtype=torch.float64)
-    together = draw(head, hidden, u, keep_top=3)
+    together = draw(head, hidden, u, Cut(keep_top=3))
     for i in range(20):
-        for a, b in zip(together, draw(head, hidden[i : i + 1], u[i : i + 1], keep_top=3), strict=True):
+        for a, b in zip(together, draw(head, hidden[i : i + 1], u[i : i + 1], Cut(keep_top=3)), strict=True):
             torch.testing.assert_close(a[i : i + 1], b, rtol=1e-5, atol=1e-5)
 
 
@@ -424,14 +426,99 @@ def test_a_model_that_changes_its_buffers_while_sampling_still_trains():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Mixtures with a teacher
+
+
+def test_a_mixed_draw_by_enumeration():
+    """Own (.7, .2, .1), teacher (.1, .3, .6), share .25: mixture (.55, .225, .225), whatever the head's scale."""
+    own, theirs = torch.tensor([0.7, 0.2, 0.1]).double(), torch.tensor([0.1, 0.3, 0.6]).double()
+    u = torch.tensor([0.0, 0.54, 0.56, 0.77, 0.78, 0.999], dtype=torch.float64)
+    hidden = torch.ones(6, 1, dtype=torch.float64)
+    other = Other(Head(theirs.log()[:, None], scale=2.0, temperature=2.0), hidden, 0.25)
+    found = draw(Head(own.log()[:, None]), hidden, u, Cut(keep_top=2), other)
+    assert found.tokens.tolist() == [0, 0, 1, 1, 2, 2]
+    torch.testing.assert_close(found.logp, own.log()[found.tokens])
+    torch.testing.assert_close(found.behaviour, torch.tensor([0.55, 0.225, 0.225]).double().log()[found.tokens])
+    torch.testing.assert_close(found.entropy, -(own * own.log()).sum().expand(6))
+    assert found.top_ids.tolist() == [[0, 1]] * 6  # the record is about the sampling model itself
+    # The mixture is what gets truncated. Share .9: (.16, .29, .55), of which .6 needs the last two: 55/84 and 29/84
+    single = draw(Head(own.log()[:, None]), hidden, u, Cut(top_k=1), other)
+    assert single.tokens.tolist() == [0] * 6 and single.behaviour.abs().max() < 1e-12
+    nucleus = draw(Head(own.log()[:, None]), hidden, u, Cut(top_p=0.6), other._replace(share=0.9))
+    assert nucleus.tokens.tolist() == [2, 2, 2, 1, 1, 1]
+    torch.testing.assert_close(nucleus.behaviour.exp(), torch.tensor([55.0] * 3 + [29.0] * 3).double() / 84)
+    greedy = draw(Head(own.log()[:, None]), hidden, u, Cut(greedy=True), other._replace(share=0.9))
+    assert greedy.tokens.tolist() == [2] * 6
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_mixed_samples_invert_the_mixture_of_both_models(lm, teacher, temperature):
+    """Every token is the one at which the exact mixture, from forwards without a cache, exceeds the uniform number."""
+    how = replace(HOW, temperature=temperature)
+    apart = [[9, 9, *p] for p in PROMPTS]  # the teacher reads other prompts, of other lengths
+    mixture = Mixture(teacher, 0.3, apart)
+    groups = sample(lm, PROMPTS, how, 3, Keep(top_k=5), mixture=mixture)
+    lengths = set()
+    for prompt, theirs, key, group in zip(PROMPTS, apart, prompt_keys(PROMPTS, 3), groups, strict=True):
+        for j, s in enumerate(group):
+            p, _ = forced(lm, prompt, s.ids, temperature)
+            q, _ = forced(teacher, theirs, s.ids)
+            mixed, tokens = 0.3 * q.exp() + 0.7 * p.exp(), torch.tensor(s.ids)[:, None]
+            cdf, u = mixed.cumsum(-1), noise(key, j, how.max_new_tokens)[: len(s.ids), None]
+            below = cdf.gather(1, tokens) - mixed.gather(1, tokens)
+            assert (below - 1e-5 <= u).all() and (u <= cdf.gather(1, tokens) + 1e-5).all()
+            assert (s.capture.behaviour - mixed.log().gather(1, tokens).squeeze(1)).abs().max() <= 1e-5
+            assert (s.capture.logp - p.gather(1, tokens).squeeze(1)).abs().max() <= 1e-5
+            assert (s.capture.top - p.topk(5).values).abs().max() <= 1e-5
+            lengths.add(len(s.ids))
+    assert len(lengths) > 2  # rows did leave both batches at different times
+    plain = sample(lm, PROMPTS, how, 3)
+    assert ids_of(groups) != ids_of(plain)
+    for rows in (2, 5):
+        assert ids_of(sample(lm, PROMPTS, replace(how, max_rows=rows), 3, mixture=mixture)) == ids_of(groups)
+
+
+def test_a_share_of_nothing_is_plain_sampling(lm, teacher):
+    plain = flat(sample(lm, PROMPTS, HOW, 3, Keep(top_k=5, hidden=True)))
+    for share in (0.0, 1e-30):
+        for a, b in zip(
+            flat(sample(lm, PROMPTS, HOW, 3, Keep(5, True), mixture=Mixture(teacher, share))), plain, strict=True
+        ):
+            assert (a.ids, a.text, a.finish) == (b.ids, b.text, b.finish)
+            for name in ("logp", "behaviour", "entropy", "top_ids", "top", "hidden"):
+                assert torch.equal(getattr(a.capture, name), getattr(b.capture, name))
+
+
+def test_a_mixture_reads_every_prompt_once_with_each_model(lm, teacher, monkeypatch):
+    forwards, _, handle = count_rows(teacher, monkeypatch)
+    groups = sample(lm, PROMPTS, HOW, 5, mixture=Mixture(teacher, 0.5))
+    handle.remove()
+    lengths = [len(s.ids) for group in groups for s in group]
+    live = [sum(n > t for n in lengths) for t in range(max(lengths))]
+    assert forwards == [(len(PROMPTS), 6), *((n, 1) for n in live[1:])]
+
+
+def test_mixtures_that_cannot_be_sampled_are_refused(lm, teacher):
+    with pytest.raises(RecipeError, match=r"share of a mixture is 1\.0; expected 0 to below 1"):
+        Mixture(teacher, 1.0)
+    other = replace(teacher, tokenizer=make_tokenizer("abc"))
+    with pytest.raises(ModelError, match=r"student has 44 token ids and teacher 5: .* cannot be mixed"):
+        sample(lm, PROMPTS, HOW, 0, mixture=Mixture(other, 0.5))
+    with pytest.raises(DataError, match="prompt 0 has 117 tokens as teacher reads it; expected 1 to 116"):
+        sample(lm, PROMPTS, HOW, 0, mixture=Mixture(teacher, 0.5, [[5] * 117] * 4))
+    with head_rows(teacher, slice(3, 4), torch.nan), pytest.raises(NonFiniteError, match=r"'teacher'.*while sampling"):
+        sample(lm, PROMPTS, HOW, 0, mixture=Mixture(teacher, 0.5))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Bad input
 
 
 @pytest.mark.parametrize(
     ("prompts", "change", "error", "message"),
     [
-        ([[5], []], {}, DataError, "prompt 1 has 0 tokens; expected 1 to 116"),
-        ([[5] * 117], {}, DataError, "prompt 0 has 117 tokens; expected 1 to 116"),
+        ([[5], []], {}, DataError, "prompt 1 has 0 tokens as student reads it; expected 1 to 116"),
+        ([[5] * 117], {}, DataError, "prompt 0 has 117 tokens as student reads it; expected 1 to 116"),
         (PROMPTS, {"top_k": 45}, RecipeError, "top-k of 45 exceeds the vocabulary of 44"),
         (PROMPTS, {"stop": ("a", "")}, RecipeError, "empty stop string"),
         (PROMPTS, {"eos_ids": (46, 99)}, RecipeError, r"EOS ids \[46, 99\]"),
@@ -449,30 +536,3 @@ def test_a_student_that_returns_nan_is_named(lm):
 
 def test_no_prompts_give_no_samples(lm):
     assert sample(lm, [], HOW, 0) == []
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Sources
-
-
-def test_dataset_rollouts_end_with_eos_or_at_the_limit(lm):
-    problems = [Problem("a", "p", answer="abc"), Problem("b", "p", answer="abcdefgh")]
-    task = Task("t", problems, [])
-    prompts = [(p, (4, 5)) for p in problems]
-    short, cut = from_dataset(lm, task, prompts, Sampling(max_new_tokens=5, eos_ids=(1, 0)))
-    a = lm.tokenizer.encode("a")[0]
-    assert (short.response_ids, short.finish, short.text) == ((a, a + 1, a + 2, 1), "stop", "abc")
-    assert (cut.response_ids, cut.finish, cut.text) == (tuple(range(a, a + 5)), "length", "abcde")
-    with pytest.raises(DataError, match="problem c has no response"):
-        from_dataset(lm, task, [(Problem("c", "p"), (4,))], HOW)
-
-
-def test_sources_do_not_share_groups(lm):
-    problems = [Problem(str(i), "p", answer="xy") for i in range(3)]
-    prompts = [(p, (4, 5 + i)) for i, p in enumerate(problems)]
-    sources = {"policy": (OnPolicy(), prompts[:2]), "data": (Dataset(), prompts[2:])}
-    found = roll_out(sources, lm, Task("t", problems, []), replace(HOW, group=2), Keep(), 0, 7)
-    assert [(r.group, r.source, r.version, r.problem.id) for r in found["policy"]] == [
-        (0, "policy", 7, "0"), (0, "policy", 7, "0"), (1, "policy", 7, "1"), (1, "policy", 7, "1"),
-    ]  # fmt: skip
-    assert [(r.group, r.source, r.capture) for r in found["data"]] == [(2, "data", None)]

@@ -135,7 +135,7 @@ def test_train_size_takes_a_seeded_choice_in_order(tmp_path):
         ([{"prompt": " "}], {}, r"row 1: 'prompt' \(prompt\) is empty"),
         ([{"prompt": []}], {}, r"row 1: 'prompt' \(prompt\) is list \[\]"),
         ([{"prompt": ["hi"]}], {}, r"message 1 is str 'hi', expected a mapping with role and content"),
-        ([{"prompt": [{"role": "assistant", "content": "x"}]}], {}, r"row 1.*ends with an assistant message"),
+        ([{"prompt": [{"role": "assistant", "content": "x"}]}], {}, r"row 1.*ends with an assistant message and has no"),
         ([{"prompt": "q", "answer": [1]}], {}, r"row 1: 'answer' \(answer\) is list \[1\], expected a string"),
         ([{"prompt": "q", "domain": True}], {}, r"'domain' \(domain\) is bool True"),
         ([SYSTEM_TWICE], {}, "keep one"),
@@ -190,6 +190,7 @@ def test_an_evaluation_file_that_is_too_small_or_takes_everything(tmp_path):
         ({"kind": "testbed", "name": "x", "columns": {"prompt": "q"}}, "columns"),
         ({"kind": "reasoning_gym", "name": "chain_sum", "eval_split": "test"}, "eval_split"),
         ({"kind": "file", "path": "x", "template": "plain", "system": "s"}, "system"),
+        ({"kind": "file", "path": "x", "template": "plain", "template_args": {"a": 1}}, "template_args"),
     ],
 )
 def test_a_setting_without_effect_is_an_error(settings, name):
@@ -410,12 +411,68 @@ def test_prompts_that_cannot_be_encoded():
             Problem("p3", "a"),
             "chat",
             "s",
-            "refuses the prompt of problem p3 .*no system role.*roles: system, user",
+            "refuses the messages of problem p3 .*no system role.*roles: system, user",
         ),
         (refuses, Problem("p3", "a"), "chat", None, "problem p3 has no tokens"),
     ]:
         with pytest.raises(DataError, match=case[-1]):
             encode_prompt(*case[:-1])
+
+
+THINKING = CHAT + "{% if add_generation_prompt and not enable_thinking | default(true) %} a b{% endif %}"
+TOOLS = "{% for tool in tools or [] %}{{ tool.name }} {% endfor %}" + CHAT
+
+
+def test_template_arguments_reach_the_template():
+    made = tokenizer(THINKING)
+    assert encode_prompt(made, Problem("1", "c"), "chat", None) == ids("<user> c <assistant>")
+    closed = ids("<user> c <assistant> a b")
+    assert encode_prompt(made, Problem("1", "c"), "chat", None, {"enable_thinking": False}) == closed
+    task = config(path="x", template_args={"enable_thinking": False})
+    assert encode_problems([Problem("1", "c")], made, task, 20, 4)[0][1] == closed
+
+
+@pytest.mark.parametrize(
+    ("chat", "args", "message"),
+    [
+        (
+            CHAT,
+            {"enable_thinking": False},
+            r"task.template_args.enable_thinking = False has no effect: the chat template",
+        ),
+        (THINKING, {"enable_thinkng": False}, r"task.template_args.enable_thinkng = False has no effect"),
+        (THINKING, {"enable_thinking": "true"}, r"task.template_args.enable_thinking = 'true' has no effect"),
+        (THINKING, {"enable_thinking": False, "other": 1}, r"task.template_args.other = 1 has no effect"),
+        (TOOLS, {"tools": []}, r"task.template_args.tools cannot be set: it comes from the data"),
+    ],
+)
+def test_a_template_argument_without_effect_is_an_error(chat, args, message):
+    with pytest.raises(RecipeError, match=message):
+        encode_problems([Problem("1", "c")], tokenizer(chat), config(path="x", template_args=args), 20, 4)
+
+
+def test_a_default_may_be_spelled_out_and_an_argument_may_concern_the_history():
+    spelled = config(path="x", template_args={"enable_thinking": True})
+    assert encode_problems([Problem("1", "c")], tokenizer(THINKING), spelled, 20, 4)[0][1] == ids(
+        "<user> c <assistant>"
+    )
+    history = "{% if keep and messages[-1].role == 'assistant' %}d{% endif %}" + CHAT
+    written = Problem("1", "c", response=({"role": "assistant", "content": "a"},))
+    kept = config(path="x", template_args={"keep": "all"})
+    assert len(encode_problems([written], tokenizer(history), kept, 20, 4)) == 1
+    with pytest.raises(RecipeError, match=r"task.template_args.keep = 'all' has no effect"):
+        encode_problems([Problem("1", "c")], tokenizer(history), kept, 20, 4)
+
+
+def test_tools_reach_the_template_or_are_an_error():
+    asked = Problem("t", "c", tools=({"name": "a"}, {"name": "b"}))
+    problems = [Problem(str(i), "c") for i in range(40)]
+    encoded = encode_problems([*problems, asked], tokenizer(TOOLS), config(path="x"), 20, 4)
+    assert (encoded[0][1], encoded[-1][1]) == (ids("<user> c <assistant>"), ids("a b <user> c <assistant>"))
+    with pytest.raises(DataError, match=r"does not show the tools of problem t"):
+        encode_problems([*problems, asked], tokenizer(), config(path="x"), 20, 4)
+    with pytest.raises(DataError, match=r"problem t has tools, which task.template 'plain' would ignore"):
+        encode_problems([asked], tokenizer(), config(path="x", template="plain"), 20, 4)
 
 
 def encode(problems, *, context_length=20, max_new_tokens=4, **settings):

@@ -6,6 +6,7 @@ each command imports what it calls when it runs, because `opd --help` must not w
 
 import ast
 import json
+import logging
 import os
 import re
 from itertools import groupby
@@ -90,6 +91,22 @@ def main(
     # Read when torch starts its threads: threads that spin while they wait make two processes on two cores, or one
     # process beside anything else, several times slower. A value that the user has set stays.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if os.environ.get("RANK", "0") == "0":  # one of several processes speaks
+        _print_translations()
+
+
+class _Stderr(logging.Handler):
+    """Prints each record as a line on whatever stderr is when it comes."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        typer.echo(record.getMessage(), err=True)
+
+
+def _print_translations() -> None:
+    """Let what other systems' names in a recipe became appear on stderr."""
+    log = logging.getLogger("opdkit.recipe")
+    log.setLevel(logging.INFO)
+    log.handlers = [_Stderr()]
 
 
 @app.command("demo")
@@ -133,6 +150,18 @@ def eval_command(target: RecipeOrRun, overrides: Overrides = None) -> None:
     typer.echo(evaluate_run(target, overrides or []))
 
 
+@app.command("translate")
+def translate_command(recipe: RecipeName, overrides: Overrides = None) -> None:
+    """Print a recipe in other systems' names as one in ours."""
+    import yaml
+
+    from opdkit.config import parse_recipe, recipe_data
+
+    data = recipe_data(recipe, overrides or [])
+    parse_recipe(data)
+    typer.echo(yaml.safe_dump(data, sort_keys=False), nl=False)
+
+
 @app.command("methods")
 def methods_command() -> None:
     """List the methods, one line each."""
@@ -164,6 +193,33 @@ def report_command(run: RunFolder) -> None:
     from opdkit.report import write_report
 
     typer.echo(str(write_report(Path(run))))
+
+
+@app.command("convert")
+def convert_command(
+    source: Annotated[Path, typer.Argument(metavar="IN", help="A .jsonl or .parquet file.")],
+    target: Annotated[Path, typer.Argument(metavar="OUT", help="A .jsonl or .parquet file that does not exist.")],
+    read_as: Annotated[str, typer.Option("--format", help="Layout of IN, as task.format names it.")] = "columns",
+    write_as: Annotated[str, typer.Option("--to", help="Layout of OUT: columns or verl.")] = "columns",
+) -> None:
+    """Turn a data file of a known layout into our columns, or into verl's."""
+    from opdkit.tasks.convert import convert
+
+    typer.echo(convert(source, target, read_as, write_as))
+
+
+@app.command("export")
+def export_command(
+    run: RunFolder,
+    step: Annotated[int | None, typer.Option(min=0, help="Export this checkpoint instead of the last one.")] = None,
+    to: Annotated[Path | None, typer.Option(metavar="DIR", help="A new folder; RUN/export without it.")] = None,
+    merge: Annotated[bool, typer.Option("--merge", help="Merge LoRA adapters into their base model.")] = False,
+    dtype: Annotated[str | None, typer.Option(help="Precision of the stored weights, such as bfloat16.")] = None,
+) -> None:
+    """Write a run's student as a model folder with tokenizer, generation config and model card."""
+    from opdkit.train.export import export
+
+    typer.echo(str(export(Path(run), step=step, to=to, merge=merge, dtype=dtype)))
 
 
 def print_fields() -> None:

@@ -4,8 +4,8 @@ A recipe is a YAML file; dotted overrides (`train.steps=100`) are applied on top
 nearest valid one. This module must import neither torch nor transformers: `opd --help` reads it.
 """
 
-import contextlib
 import difflib
+import logging
 from collections.abc import Iterator, Sequence
 from importlib import resources
 from pathlib import Path
@@ -16,9 +16,11 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from opdkit.errors import RecipeError
+from opdkit.overrides import apply_override, parse_override
 
 Positive = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
+LOG = logging.getLogger("opdkit.recipe")  # the command line prints it
 
 
 class Section(BaseModel):
@@ -230,7 +232,17 @@ def recipe_path(name: str) -> Path:
 
 
 def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe, apply `a.b=c` overrides (values are YAML) and validate it. Raises RecipeError."""
+    """Read a recipe, apply `a.b=c` overrides (values are YAML) and validate it. Raises RecipeError.
+
+    Names of other systems (`opdkit.aliases`) are translated in both; each step is logged to "opdkit.recipe".
+    """
+    return parse_recipe(recipe_data(name, overrides))
+
+
+def recipe_data(name: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """A recipe and overrides as a mapping in our names, not yet validated. Raises RecipeError."""
+    from opdkit.aliases import translate  # it reads the fields that this module defines
+
     path = recipe_path(name)
     try:
         data = yaml.safe_load(path.read_text())
@@ -240,17 +252,21 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
         raise RecipeError(
             f"{path} holds {type(data).__name__}, expected a mapping of sections such as method, student, task"
         )
+    translation = translate(data, dict(parse_override(override) for override in overrides))
+    for line in translation.lines:
+        LOG.info(line)
+    data = translation.data
     for key in ("path", "eval_path"):  # a data file that a recipe ships lies beside it
         beside = path.parent / str(data["task"].get(key)) if isinstance(data.get("task"), dict) else None
         if beside is not None and beside.is_file():
             data["task"][key] = str(beside.resolve())
-    for override in overrides:
-        _override(data, override)
-    return parse_recipe(data)
+    for key, value in translation.pairs.items():
+        apply_override(data, key, value)
+    return data
 
 
 def parse_recipe(data: dict[str, Any]) -> Recipe:
-    """Validate a recipe given as a mapping. Raises RecipeError with one line for each wrong field."""
+    """Validate a recipe given as a mapping in our names. Raises RecipeError with one line for each wrong field."""
     try:
         return Recipe.model_validate(data)
     except ValidationError as error:
@@ -260,26 +276,6 @@ def parse_recipe(data: dict[str, Any]) -> Recipe:
 def dump_recipe(recipe: Recipe) -> str:
     """The whole recipe as YAML, defaults included; `load_recipe` of it gives an equal recipe."""
     return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
-
-
-def _override(data: dict[str, Any], override: str) -> None:
-    key, equals, value = override.partition("=")
-    if not equals or not key:
-        raise RecipeError(f"override '{override}' is not of the form section.key=value")
-    *sections, last = key.split(".")
-    for section in sections:
-        data = data.setdefault(section, {})
-        if not isinstance(data, dict):
-            raise RecipeError(f"override '{override}': '{section}' is a value, not a section")
-    try:
-        data[last] = yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise RecipeError(f"override '{override}': the value is not valid YAML ({error})") from error
-    if data[last] == "None":  # as Python and this program's own help print it
-        data[last] = None
-    if isinstance(data[last], str):
-        with contextlib.suppress(ValueError):  # YAML 1.1 reads 1e-3 as text
-            data[last] = float(data[last])
 
 
 def _explain(problem: Any) -> str:

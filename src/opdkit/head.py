@@ -1,7 +1,7 @@
 """From last hidden states and a vocabulary head to scores and losses, in memory that does not grow with the tokens.
 
-Axes: N rows (trained tokens), C rows of one chunk, n rows of a chunk or block, V real vocabulary, D hidden, K support
-size, P rows of the head's weight.
+Axes: N rows (trained tokens), C rows of one chunk, n rows of a chunk or block, V real vocabulary, D columns of the
+hidden states (with those that the head's low rank reads), K support size, P rows of the head's weight.
 
 Logits exist for one chunk of C rows at a time. The backward pass is written by hand: each chunk's logits are turned
 into their own gradient in place and contracted with the head at once, so no logits survive the forward pass and no
@@ -19,6 +19,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from opdkit.lm_head import (
+    PARAMETERS,
     Head,
     HeadRows,
     RowScores,
@@ -31,14 +32,14 @@ from opdkit.lm_head import (
     score_rows,
     tail_of,
 )  # fmt: skip
-from opdkit.losses import Loss, StudentRows
+from opdkit.rows import FullLoss, Loss, SparseLoss, StudentRows
 from opdkit.step import Step
 
 __all__ = [
     "Head", "HeadRows", "RowScores", "RowTerm", "TableRows", "blocks", "chunks", "objective", "score_rows", "tail_of",
 ]  # fmt: skip
 
-Teachers = dict[tuple[int, str] | None, Tensor]  # (step, view) -> full-vocabulary log-probs [n, V]
+Teachers = dict[tuple[int, str | None], Tensor]  # (step, view) -> full-vocabulary log-probs [n, V]
 
 
 @dataclass(frozen=True)
@@ -56,9 +57,9 @@ def objective(
 ) -> tuple[Float[Tensor, ""], list[Float[Tensor, " N"]]]:
     """Sum over terms and rows of coef x loss, and each term's row losses (nats, detached).
 
-    The sum is differentiable with respect to `hidden` and, unless it is frozen, the head's weight and bias.
+    The sum is differentiable with respect to `hidden` and, unless they are frozen, the head's weight, bias and low rank.
     """
-    inputs = (hidden, head.weight, head.bias)
+    inputs = (hidden, head.weight, head.bias, head.low_rank)
     wants = tuple(torch.is_grad_enabled() and t is not None and t.requires_grad for t in inputs)
     total, *rows = _Objective.apply(*inputs, head, tuple(terms), chunk, wants)
     return total, rows
@@ -66,14 +67,18 @@ def objective(
 
 class _Objective(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, head, terms, chunk, wants):  # type: ignore[no-untyped-def]
-        head = replace(head, weight=weight.detach(), bias=None if bias is None else bias.detach())
+    def forward(ctx, hidden, weight, bias, low_rank, head, terms, chunk, wants):  # type: ignore[no-untyped-def]
+        inputs = (hidden, weight, bias, low_rank)
+        head = replace(
+            head, **{f: None if t is None else t.detach() for f, t in zip(PARAMETERS, inputs[1:], strict=True)}
+        )
         wide = precision(hidden)[1]
         total = torch.zeros((), dtype=wide, device=hidden.device)
         rows = [torch.empty(hidden.shape[0], dtype=wide, device=hidden.device) for _ in terms]
         grad_hidden = torch.empty_like(hidden) if wants[0] else None
-        grad_weight = torch.zeros_like(weight, dtype=wide) if wants[1] else None
-        grad_bias = torch.zeros_like(bias, dtype=wide) if wants[2] else None
+        sums = [
+            torch.zeros_like(t, dtype=wide) if want else None for t, want in zip(inputs[1:], wants[1:], strict=True)
+        ]
         for part in chunks(hidden.shape[0], head.chunk(chunk)):
             h = hidden[part].detach()
             local = _slice(terms, part, hidden.shape[0], wide)
@@ -83,13 +88,10 @@ class _Objective(torch.autograd.Function):
                 total += (term.coef * value).sum()
             if grad_hidden is not None:
                 grad_hidden[part] = head.hidden_gradient(dz, h)
-            if grad_weight is not None:
-                head.add_weight_gradient(grad_weight, dz, h)
-            if grad_bias is not None:
-                grad_bias[: head.size] += dz.sum(0)
+            head.add_gradients(*sums, dz, h)
             del dz  # else it lives beside the next chunk's logits
-        ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)  # freed by backward, not when the loss goes
-        ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
+        ctx.save_for_backward(grad_hidden, *sums)  # freed by backward, not when the loss goes
+        ctx.dtypes = [None if t is None else t.dtype for t in inputs]
         ctx.mark_non_differentiable(*rows)
         return total, *rows
 
@@ -130,17 +132,18 @@ def _to_gradient(
     z: Float[Tensor, "n V"], head: Head, terms: Sequence[RowTerm], teachers: Teachers, backward: bool
 ) -> list[Float[Tensor, " n"]]:
     """Turn logits into the gradient of the weighted sum, in place if `backward`; give every term's row losses."""
-    full = [(i, t, teachers[_view(t)]) for i, t in enumerate(terms) if _view(t) in teachers]
-    reads = [_read(t, z) for t in terms if _view(t) not in teachers]
+    full = [(i, t, teachers.get(_view(t))) for i, t in enumerate(terms) if _is_full(t)]
+    reads = [_read(t, z) for t in terms if not _is_full(t)]
     keep = bool(full) or head.softcap is not None
     lse = _normalise(z, reads, keep)
     sparse = [_differentiate(read, lse, backward) for read in reads]
     found = iter(sparse)
-    values = [z.new_empty(z.shape[0]) if _view(t) in teachers else next(found).value for t in terms]
+    values = [z.new_empty(z.shape[0]) if _is_full(t) else next(found).value for t in terms]
     for block in blocks(z.shape[0], z.shape[1], z.device) if full or backward else ():
         row, dz = z[block], None
         for i, term, q in full:
-            values[i][block], gradient = term.loss.full(row, q[block])  # type: ignore[attr-defined]
+            assert isinstance(term.loss, FullLoss)
+            values[i][block], gradient = term.loss.full(row, None if q is None else q[block])
             gradient *= term.coef[block, None]
             dz = gradient if dz is None else dz.add_(gradient)
         if sparse and backward:
@@ -152,24 +155,28 @@ def _to_gradient(
     return values
 
 
-def _view(term: RowTerm) -> tuple[int, str] | None:
-    """Which rows of full-vocabulary log-probs a term compares with: (step, teacher); None if it reads a few ids."""
-    return (id(term.step), term.loss.teacher) if term.loss.over(term.step) == "full" else None  # type: ignore[attr-defined]
+def _is_full(term: RowTerm) -> bool:
+    return term.loss.over(term.step) == "full"
+
+
+def _view(term: RowTerm) -> tuple[int, str | None]:
+    """Whose log-probs a term compares with: terms on one step and one teacher share them."""
+    return id(term.step), term.loss.teacher
 
 
 def _teachers(terms: Sequence[RowTerm], head: Head) -> Teachers:
     """Log-probs of every view with support Full that the terms read, formed once. ValueError for another vocabulary."""
     rows: Teachers = {}
     for term in terms:
-        view = _view(term)
-        if view is None or view in rows:
+        view, teacher = _view(term), term.loss.teacher
+        if not _is_full(term) or teacher is None or view in rows:
             continue
-        full = term.step.views[view[1]].full
+        full = term.step.views[teacher].full
         assert full is not None
         rows[view] = full.log_probs(slice(None))
         if rows[view].shape[1] != head.size:
             raise ValueError(
-                f"view '{view[1]}' scores {rows[view].shape[1]} token ids and the student {head.size}; a loss over "
+                f"view '{teacher}' scores {rows[view].shape[1]} token ids and the student {head.size}; a loss over "
                 "the full vocabulary compares them id by id: both need the same real vocabulary"
             )
     return rows
@@ -190,7 +197,8 @@ def _read(term: RowTerm, z: Float[Tensor, "n V"]) -> _Read:
     if term.loss.over(term.step) == "sampled":
         ids = term.step.tokens[:, None]
         return _Read(term, ids, None, z.gather(1, ids), None)
-    found = term.step.views[term.loss.teacher].candidates  # type: ignore[attr-defined]
+    assert term.loss.teacher is not None
+    found = term.step.views[term.loss.teacher].candidates
     assert found is not None
     return _Read(term, found.ids, found.valid, z.gather(1, found.ids), z.new_empty(z.shape[0]))
 
@@ -235,6 +243,7 @@ class _Sparse:
 def _differentiate(read: _Read, lse: Float[Tensor, " n"], backward: bool) -> _Sparse:
     """Evaluate a term on the few log-probs that it reads; autograd runs on [n, K] tensors only."""
     term, valid, tail = read.term, read.valid, read.tail
+    assert isinstance(term.loss, SparseLoss)
     leaf = (read.logits - lse[:, None]).requires_grad_(backward)
     if tail is not None:
         tail.requires_grad_(backward)

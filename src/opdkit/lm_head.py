@@ -1,6 +1,7 @@
 """The vocabulary head and the rows of log-probs that it can form, a few at a time.
 
-Axes: n rows, N rows of a view, P rows of the head's weight, V real vocabulary (V <= P), D hidden.
+Axes: n rows, N rows of a view, P rows of the head's weight, V real vocabulary (V <= P), D columns of the weight, r of
+the low rank, H = D + r of the hidden states.
 
 The products run in the hidden states' precision (autocast's, where it is on) and are kept in float32, or float64 for
 float64 input. Where that takes a conversion, it is done for COLUMNS ids at a time, so that neither a second copy of
@@ -19,6 +20,7 @@ CHUNK_ENTRIES = 2**24  # logits of one chunk when none is asked for: 64 MiB of f
 BLOCK_ENTRIES = 2**18  # elementwise block: 1 MiB of float32 stays in a core's cache
 DEVICE_BLOCK_ENTRIES = 2**24  # elsewhere: enough work for one kernel launch
 COLUMNS = 2**14  # ids of one product when precisions differ
+PARAMETERS = ("weight", "bias", "low_rank")  # the tensors of a head that can be trained
 
 
 def chunks(n: int, size: int) -> Iterator[slice]:
@@ -36,9 +38,11 @@ def blocks(n: int, width: int, device: torch.device | None = None) -> Iterator[s
 class Head:
     """A vocabulary head: softmax(softcap(scale * (weight h + bias)) / temperature) over the real vocabulary.
 
-    Rows of `weight` at and above `vocab` are padding: they are never formed, so both sides of a comparison are
-    normalised over the tokenizer's real ids. Raises ValueError when `vocab` exceeds the rows, or for a temperature or
-    soft-cap that is not positive.
+    With `low_rank` the hidden states have D + r columns, and the product is weight h[:D] + low_rank h[D:] + bias: LoRA
+    on the head, whose further columns are scale x A h, trains the low rank while the weight stays frozen.
+
+    Rows of `weight` at and above `vocab` are padding, never formed: both sides are normalised over the tokenizer's real
+    ids. ValueError when `vocab` exceeds the rows or the low rank has others, or for a temperature or soft-cap <= 0.
     """
 
     weight: Float[Tensor, "P D"]
@@ -47,11 +51,16 @@ class Head:
     scale: float = 1.0
     softcap: float | None = None
     temperature: float = 1.0
+    low_rank: Float[Tensor, "P r"] | None = None
 
     def __post_init__(self) -> None:
         rows = self.weight.shape[0]
         if self.vocab is not None and not 1 <= self.vocab <= rows:
             raise ValueError(f"vocab = {self.vocab}, but the head has {rows} rows; expected 1 to {rows} real ids")
+        if self.low_rank is not None and self.low_rank.shape[0] != rows:
+            raise ValueError(
+                f"the low rank has {self.low_rank.shape[0]} rows and the weight {rows}; expected one per id"
+            )
         if self.temperature <= 0 or (self.softcap is not None and self.softcap <= 0):
             raise ValueError(f"temperature {self.temperature} and softcap {self.softcap} must be above 0")
 
@@ -69,7 +78,7 @@ class Head:
             raise ValueError(f"chunk = {rows} rows; expected at least 1, or None for the default")
         return rows or max(16, CHUNK_ENTRIES // self.size)
 
-    def logits(self, hidden: Float[Tensor, "n D"]) -> Float[Tensor, "n V"]:
+    def logits(self, hidden: Float[Tensor, "n H"]) -> Float[Tensor, "n V"]:
         """Logits over the real vocabulary after scale, soft-cap and temperature: float32, or float64 if `hidden` is."""
         z = self._product(hidden)
         if self.scale != 1.0:
@@ -80,15 +89,37 @@ class Head:
             z /= self.temperature
         return z
 
-    def _product(self, hidden: Float[Tensor, "n D"]) -> Float[Tensor, "n V"]:
+    def _split(self, hidden: Float[Tensor, "n H"]) -> list[tuple[slice, Tensor]]:
+        """(columns of the hidden states, the matrix that reads them). ValueError for another number of columns."""
+        d = self.weight.shape[1]
+        parts = [(slice(0, d), self.weight)]
+        if self.low_rank is not None:
+            parts.append((slice(d, d + self.low_rank.shape[1]), self.low_rank))
+        if hidden.shape[1] != parts[-1][0].stop:
+            wanted = f"{parts[-1][0].stop}: {d} with its weight and {parts[-1][0].stop - d} with its low rank"
+            raise ValueError(f"the hidden states have {hidden.shape[1]} columns, but the head reads {wanted}; append the "
+                             "low rank's columns to them")  # fmt: skip
+        return parts
+
+    def _direct(self, hidden: Float[Tensor, "n H"]) -> bool:
+        """Whether no product needs a conversion."""
+        dtype, wide = precision(hidden)
+        return dtype == wide and all(t is None or t.dtype == dtype for t in (self.weight, self.low_rank))
+
+    def _product(self, hidden: Float[Tensor, "n H"]) -> Float[Tensor, "n V"]:
         dtype, wide = precision(hidden)
         bias = None if self.bias is None else self.bias[: self.size].to(dtype)
-        if dtype == wide == self.weight.dtype:
-            return F.linear(hidden, self.weight[: self.size], bias)
-        z = hidden.new_empty(hidden.shape[0], self.size, dtype=wide)
+        (columns, weight), *rest = self._split(hidden)
+        if self._direct(hidden):
+            z = F.linear(hidden[:, columns], weight[: self.size], bias)
+            for columns, matrix in rest:
+                z.addmm_(hidden[:, columns], matrix[: self.size].T)
+            return z
+        z, low = hidden.new_empty(hidden.shape[0], self.size, dtype=wide), hidden.to(dtype)
         for ids in chunks(self.size, COLUMNS):
-            part = None if bias is None else bias[ids]
-            z[:, ids] = F.linear(hidden.to(dtype), self.weight[ids].to(dtype), part)
+            z[:, ids] = F.linear(low[:, columns], weight[ids].to(dtype), None if bias is None else bias[ids])
+            for more, matrix in rest:
+                z[:, ids] += F.linear(low[:, more], matrix[ids].to(dtype))
         return z
 
     def through_tail(
@@ -102,26 +133,40 @@ class Head:
             dz *= capped.square_().neg_().add_(1.0)
         return dz.mul_(factor) if factor != 1.0 else dz
 
-    def hidden_gradient(self, dz: Float[Tensor, "n V"], hidden: Float[Tensor, "n D"]) -> Float[Tensor, "n D"]:
+    def hidden_gradient(self, dz: Float[Tensor, "n V"], hidden: Float[Tensor, "n H"]) -> Float[Tensor, "n H"]:
         """Gradient with respect to the hidden states, from that of `weight h + bias`."""
         dtype, wide = precision(hidden)
-        if dtype == wide == self.weight.dtype:
-            return dz @ self.weight[: self.size]
+        parts = self._split(hidden)
+        if self._direct(hidden):
+            found = [dz @ matrix[: self.size] for _, matrix in parts]
+            return found[0] if len(found) == 1 else torch.cat(found, 1)
         out = torch.zeros_like(hidden, dtype=wide)
         for ids in chunks(self.size, COLUMNS):
-            out += dz[:, ids].to(dtype) @ self.weight[ids].to(dtype)
+            piece = dz[:, ids].to(dtype)
+            for columns, matrix in parts:
+                out[:, columns] += piece @ matrix[ids].to(dtype)
         return out
 
-    def add_weight_gradient(
-        self, total: Float[Tensor, "P D"], dz: Float[Tensor, "n V"], hidden: Float[Tensor, "n D"]
-    ) -> None:
-        """Add the gradient with respect to the weight to `total`, in place; padding rows are not touched."""
-        dtype, wide = precision(hidden)
-        if dtype == wide:
-            total[: self.size].addmm_(dz.T, hidden)
-            return
-        for ids in chunks(self.size, COLUMNS):
-            total[ids] += dz[:, ids].T.to(dtype) @ hidden.to(dtype)
+    def add_gradients(
+        self, weight: Tensor | None, bias: Tensor | None, low_rank: Tensor | None,
+        dz: Float[Tensor, "n V"], hidden: Float[Tensor, "n H"],
+    ) -> None:  # fmt: skip
+        """Add the gradients of PARAMETERS to the given sums, in place; None is frozen. Padding rows are not touched."""
+        for total, (columns, _) in zip((weight, low_rank), self._split(hidden), strict=False):  # no low rank: one part
+            if total is not None:
+                _add_outer(total[: self.size], dz, hidden[:, columns])
+        if bias is not None:
+            bias[: self.size] += dz.sum(0)
+
+
+def _add_outer(total: Float[Tensor, "V k"], dz: Float[Tensor, "n V"], columns: Float[Tensor, "n k"]) -> None:
+    """total += dz^T columns, in the precision of the products."""
+    dtype, wide = precision(columns)
+    if dtype == wide:
+        total.addmm_(dz.T, columns)
+        return
+    for ids in chunks(total.shape[0], COLUMNS):
+        total[ids] += dz[:, ids].T.to(dtype) @ columns.to(dtype)
 
 
 def precision(hidden: Tensor) -> tuple[torch.dtype, torch.dtype]:
@@ -139,9 +184,9 @@ def exact(z: Tensor) -> torch.autocast:
 
 @dataclass(frozen=True)
 class HeadRows:
-    """A view's full-vocabulary log-probs, lazily: hidden states [N, D] and the head that reads them."""
+    """A view's full-vocabulary log-probs, lazily: hidden states [N, H] and the head that reads them."""
 
-    hidden: Float[Tensor, "N D"]
+    hidden: Float[Tensor, "N H"]
     head: Head
 
     def log_probs(self, rows: Int[Tensor, " n"] | slice) -> Float[Tensor, "n V"]:
@@ -192,7 +237,7 @@ Choose = Callable[[slice, Tensor | None], tuple[Tensor, Tensor]]  # (rows, their
 @torch.no_grad()
 def score_rows(
     head: Head,
-    hidden: Float[Tensor, "N D"],
+    hidden: Float[Tensor, "N H"],
     tokens: Int[Tensor, " N"],
     *,
     top_k: int = 0,
@@ -233,17 +278,12 @@ def _score_chunk(
                 ent[block] = -torch.linalg.vecdot(p, lp)
             if ids is not None and valid is not None:
                 tail[block] = tail_of(p, ids[block], valid[block])
+    at_top = None if top_ids is None else z.gather(1, top_ids)
+    at_ids = None if ids is None else z.gather(1, ids)
     return [
-        z.gather(1, tokens[rows, None]).squeeze(1),
-        log_norm,
-        ent if entropy else None,
-        top_ids,
-        None if top_ids is None else z.gather(1, top_ids),
-        ids,
-        valid,
-        None if ids is None else z.gather(1, ids),
-        None if ids is None else tail,
-    ]
+        z.gather(1, tokens[rows, None]).squeeze(1), log_norm, ent if entropy else None, top_ids, at_top,
+        ids, valid, at_ids, None if ids is None else tail,
+    ]  # fmt: skip
 
 
 def tail_of(p: Float[Tensor, "n V"], ids: Int[Tensor, "n K"], valid: Bool[Tensor, "n K"]) -> Float[Tensor, " n"]:

@@ -5,54 +5,52 @@ Axes: n rows, K support size, V vocabulary. All values in nats.
 A loss says what it reads: the sampled token's log-prob, the log-probs on a view's candidates, or the whole row. The
 first two are written once and differentiated on [n, K] tensors; a loss on the whole row also returns its gradient with
 respect to the logits, because nothing of size n x V may be kept. Reduction over rows is not a loss's business: see
-`opdkit.reduction`.
+`opdkit.reduction`. Their interface is in `opdkit.rows`, the formulas of the divergences in `opdkit.divergences`.
 
-Left out: clipped and importance-weighted surrogates; every step here takes one optimiser update per rollout batch.
+Left out: losses that read more than one position.
 """
 
 from dataclasses import dataclass
-from typing import Literal, Protocol, runtime_checkable
+from typing import Literal, get_args
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
+from opdkit.divergences import (
+    NO_MASS,
+    Kind,
+    Tail,
+    above,
+    check_divergence,
+    divergence,
+    entries,
+    log_mixture,
+    on_support,
+)
+from opdkit.ratios import LOG_RATIO_LIMIT, check_clip, clipped, ratio
+from opdkit.rows import Loss, Over, StudentRows
 from opdkit.step import Step
 from opdkit.values import Value
 
-Over = Literal["sampled", "candidates", "full"]
-Kind = Literal["reverse_kl", "forward_kl", "jsd"]
-NO_MASS = -1e4  # exp of it is 0 in every precision
+__all__ = [
+    "NO_MASS", "ClippedPolicyGradient", "CrossEntropy", "Divergence", "Entropy", "Kind", "Loss", "PolicyGradient",
+    "SampledDivergence", "StudentRows", "SupportPolicyGradient", "divergence", "log_mixture", "on_support",
+]  # fmt: skip
+
+Estimator = Literal["k2", "k3", "abs"]
 
 
-@dataclass(frozen=True)
-class StudentRows:
-    """The current student's log-probs on n rows, normalised over the full vocabulary, with gradient."""
-
-    sampled: Float[Tensor, " n"] | None
-    candidates: Float[Tensor, "n K"] | None
-    tail: Float[Tensor, " n"] | None
+# ---------------------------------------------------------------------------------------------------------------------
+# The sampled token, and candidates as actions
 
 
-@runtime_checkable
-class Loss(Protocol):
-    """What every loss offers. `signal_rank` is 0 for no signal, 1 for [n] and 2 for [n, K]."""
+class _OnSampled(Value):
+    """Parts that losses on the sampled token share."""
 
-    @property
-    def signal_rank(self) -> int: ...
-
-    def needs(self) -> tuple[str, ...]: ...
-
-    def over(self, step: Step) -> Over: ...
-
-    def rows(self, student: StudentRows, step: Step, signal: Tensor | None) -> Float[Tensor, " n"]: ...
-
-
-@dataclass(frozen=True, repr=False)
-class PolicyGradient(Value):
-    """REINFORCE: - signal x log p(sampled token), the signal detached. Its value is not meaningful, its gradient is."""
-
-    signal_rank = 1
+    teacher: str | None = None
+    signal_rank = 0
+    own_samples = True
 
     def needs(self) -> tuple[str, ...]:
         return ()
@@ -60,17 +58,76 @@ class PolicyGradient(Value):
     def over(self, step: Step) -> Over:
         return "sampled"
 
+
+@dataclass(frozen=True, repr=False)
+class CrossEntropy(_OnSampled):
+    """- log p(token) of the rollout's own token: supervised learning on dataset or teacher responses."""
+
+    own_samples = False
+
+    def rows(self, student: StudentRows, step: Step, signal: Tensor | None) -> Float[Tensor, " n"]:
+        assert student.sampled is not None
+        return -student.sampled
+
+
+@dataclass(frozen=True, repr=False)
+class PolicyGradient(_OnSampled):
+    """REINFORCE: - signal x log p(sampled token), the signal detached. Its value is not meaningful, its gradient is."""
+
+    signal_rank = 1
+
     def rows(self, student: StudentRows, step: Step, signal: Tensor | None) -> Float[Tensor, " n"]:
         assert student.sampled is not None and signal is not None
         return -signal * student.sampled
 
 
 @dataclass(frozen=True, repr=False)
+class ClippedPolicyGradient(_OnSampled):
+    """PPO's surrogate - min(r A, clip(r, 1 - low, 1 + high) A), r = p / p_old of the sampled token (1707.06347 Eq. 7).
+
+    p_old is view "student": the policy that sampled. The first update of a rollout batch has r = 1 and the gradient of
+    `PolicyGradient`; a token whose ratio has left the range in the direction of A has gradient 0 afterwards. `dual` > 1
+    bounds r where A < 0, so that the loss is at most - dual x A (1912.09729 Eq. 5). A side that is None is open; with
+    both open this is the importance-sampled surrogate. Defaults 0.2: 1707.06347.
+    """
+
+    low: float | None = 0.2
+    high: float | None = 0.2
+    dual: float | None = None
+    signal_rank = 1
+
+    def __post_init__(self) -> None:
+        check_clip(self.low, self.high, self.dual)
+
+    def needs(self) -> tuple[str, ...]:
+        return ("student.sampled",)
+
+    def rows(self, student: StudentRows, step: Step, signal: Tensor | None) -> Float[Tensor, " n"]:
+        assert student.sampled is not None and signal is not None
+        r = ratio(student.sampled, step.views["student"].sampled)
+        return -signal * clipped(r, signal, self.low, self.high, self.dual)
+
+
+@dataclass(frozen=True, repr=False)
 class SupportPolicyGradient(Value):
-    """- sum over candidates of signal_k x log p(k): every candidate is treated as an action (2604.13016, released code)."""
+    """- sum over candidates of signal_k x log p(k): every candidate is treated as an action (2604.13016, released code).
+
+    With `ratio`, log p(k) becomes p(k) / p_old(k), clipped candidate by candidate as in `ClippedPolicyGradient`; p_old
+    is the student that sampled.
+    """
 
     teacher: str = "teacher"
+    low: float | None = None
+    high: float | None = None
+    dual: float | None = None
+    ratio: bool = False
     signal_rank = 2
+    own_samples = True
+
+    def __post_init__(self) -> None:
+        check_clip(self.low, self.high, self.dual)
+        if not self.ratio and (self.low, self.high, self.dual) != (None, None, None):
+            raise ValueError(f"{self}: a clip has no effect without a ratio; set ratio=True or drop low, high and dual")
 
     def needs(self) -> tuple[str, ...]:
         return (f"{self.teacher}.candidates",)
@@ -80,53 +137,85 @@ class SupportPolicyGradient(Value):
 
     def rows(self, student: StudentRows, step: Step, signal: Tensor | None) -> Float[Tensor, " n"]:
         assert student.candidates is not None and signal is not None
-        return -(signal * student.candidates).sum(-1)
+        if not self.ratio:
+            return -(signal * student.candidates).sum(-1)
+        found = step.views[self.teacher].candidates
+        assert found is not None
+        r = ratio(student.candidates, found.student)
+        return -(signal * clipped(r, signal, self.low, self.high, self.dual)).sum(-1)
 
 
 @dataclass(frozen=True, repr=False)
-class CrossEntropy(Value):
-    """- log p(token) of the rollout's own token: supervised learning on dataset or teacher responses."""
+class SampledDivergence(_OnSampled):
+    """A function of log p - log q of the sampled token, differentiated: Schulman's k2, k3, and the absolute value.
 
-    signal_rank = 0
+    With d = log p - log q: k2 = d^2 / 2, k3 = e^-d - 1 + d, abs = |d|. Under the student's own samples the expected
+    gradients are those of KL(student, teacher), of KL(teacher, student), and of twice the total variation, whatever the
+    values estimate. k1 = d is refused: the gradient of log q is 0, so its gradient, the score, cannot see the teacher.
+    """
+
+    estimator: Estimator = "k3"
+    teacher: str = "reference"
+
+    def __post_init__(self) -> None:
+        if str(self.estimator) == "k1":
+            raise ValueError("SampledDivergence(estimator='k1'): its gradient is the score, which does not contain the "
+                              "teacher; take k2, or PolicyGradient with the signal log_ratio")  # fmt: skip
+        if self.estimator not in get_args(Estimator):
+            raise ValueError(
+                f"SampledDivergence(estimator={self.estimator!r}): expected {', '.join(get_args(Estimator))}"
+            )
 
     def needs(self) -> tuple[str, ...]:
-        return ()
-
-    def over(self, step: Step) -> Over:
-        return "sampled"
+        return (f"{self.teacher}.sampled",)
 
     def rows(self, student: StudentRows, step: Step, signal: Tensor | None) -> Float[Tensor, " n"]:
         assert student.sampled is not None
-        return -student.sampled
+        p, q = student.sampled, step.views[self.teacher].sampled
+        if self.estimator == "abs":
+            return above(p, q) * (p - q)
+        if self.estimator == "k2":
+            return (p - q).square() / 2
+        gap = (q - p).clamp(max=LOG_RATIO_LIMIT)
+        return gap.exp() - 1 - gap
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The whole distribution, or a support of it
 
 
 @dataclass(frozen=True, repr=False)
 class Divergence(Value):
     """A divergence between student and teacher at every position, differentiated through the student.
 
-    `kind`: reverse_kl = KL(student, teacher), forward_kl = KL(teacher, student), jsd = mix KL(teacher, m) +
-    (1 - mix) KL(student, m) with m = mix teacher + (1 - mix) student. On a view with support Full the whole vocabulary
-    is compared. On TopK, `tail` says what happens outside the candidates: "bucket" lumps the rest into one more
-    outcome (a lower bound of the full divergence that is 0 only where both agree on it), "renormalise" forgets it.
+    `kind`: see `opdkit.divergences`; `mix` is always the teacher's share. On a view with support Full the whole
+    vocabulary is compared. On TopK, `tail` says what happens outside the candidates. "bucket" lumps the rest into one
+    more outcome: a lower bound of the full divergence, 0 only where both agree on it. "renormalise" forgets the rest:
+    0 at one candidate. "raw" adds up the candidates' summands with full-vocabulary log-probs and nothing for the rest
+    (verl's form): raw forward KL pushes mass into the list even where student and teacher agree, and raw reverse KL is
+    minimised by moving mass out of it.
+
+    `entry_max` (nats) limits every outcome's summand, as OPSD does (2601.18734); an outcome above it has gradient 0.
+    `row_max` (nats) limits a row's value, as verl's loss_max_clamp does from above; a row above it has gradient 0.
     """
 
     kind: Kind = "reverse_kl"
-    mix: float = 0.5  # the teacher's share of the mixture; only jsd reads it
+    mix: float = 0.5
+    alpha: float = 0.5
     teacher: str = "teacher"
-    tail: Literal["bucket", "renormalise"] = "bucket"
+    tail: Tail = "bucket"
+    row_max: float | None = None
+    entry_max: float | None = None
     signal_rank = 0
+    own_samples = False
 
     def __post_init__(self) -> None:
-        if self.kind not in ("reverse_kl", "forward_kl", "jsd"):
-            raise ValueError(f"divergence kind is {self.kind!r}; expected reverse_kl, forward_kl or jsd")
-        if not 0.0 < self.mix < 1.0:
-            raise ValueError(
-                f"mix = {self.mix} must lie strictly between 0 and 1; the ends are forward_kl and reverse_kl"
-            )
-        if self.kind != "jsd" and self.mix != 0.5:
-            raise ValueError(f"mix = {self.mix} has no effect on {self.kind}; only jsd reads it")
-        if self.tail not in ("bucket", "renormalise"):
-            raise ValueError(f"tail is {self.tail!r}; expected 'bucket' or 'renormalise'")
+        check_divergence(self.kind, self.mix, self.alpha)
+        if self.tail not in get_args(Tail):
+            raise ValueError(f"tail is {self.tail!r}; expected one of {', '.join(get_args(Tail))}")
+        for name, limit in (("row_max", self.row_max), ("entry_max", self.entry_max)):
+            if limit is not None and limit <= 0:
+                raise ValueError(f"{name} = {limit} nats must be positive; None is no limit")
 
     def needs(self) -> tuple[str, ...]:
         return (f"{self.teacher}.distribution",)
@@ -135,58 +224,54 @@ class Divergence(Value):
         return "candidates" if step.views[self.teacher].full is None else "full"
 
     def rows(self, student: StudentRows, step: Step, signal: Tensor | None) -> Float[Tensor, " n"]:
-        candidates = step.views[self.teacher].candidates
-        assert candidates is not None and student.candidates is not None and student.tail is not None
-        p = on_support(student.candidates, student.tail, candidates.valid, self.tail)
-        q = on_support(candidates.teacher, candidates.teacher_tail, candidates.valid, self.tail)
-        return divergence(p, q, self.kind, self.mix)
+        found = step.views[self.teacher].candidates
+        assert found is not None and student.candidates is not None
+        p = on_support(student.candidates, student.tail, found.valid, self.tail)
+        q = on_support(found.teacher, found.teacher_tail, found.valid, self.tail)
+        value = entries(p, q, self.kind, self.mix, self.alpha).value
+        row = (value if self.entry_max is None else value.clamp(max=self.entry_max)).sum(-1)
+        return row if self.row_max is None else row.clamp(max=self.row_max)
 
     def full(
-        self, p: Float[Tensor, "n V"], q: Float[Tensor, "n V"]
+        self, p: Float[Tensor, "n V"], q: Float[Tensor, "n V"] | None
     ) -> tuple[Float[Tensor, " n"], Float[Tensor, "n V"]]:
-        """Value and gradient with respect to the student's logits; `p`, `q` are log-probs.
+        """Value and gradient with respect to the student's logits.
 
-        With a_j = dD/dp_j the logit gradient is p_j (a_j - sum_i p_i a_i).
+        With s_j = dD / dlog p_j the logit gradient is s_j - p_j sum_i s_i.
         """
-        if self.kind == "forward_kl":
-            return torch.linalg.vecdot(q.exp(), q - p), p.exp() - q.exp()
-        if self.kind == "reverse_kl":
-            a, probs = p - q, p.exp()
-            value = mean = torch.linalg.vecdot(probs, a)
-        else:
-            m = log_mixture(p, q, self.mix)
-            a, probs = (p - m) * (1 - self.mix), p.exp()
-            mean = torch.linalg.vecdot(probs, a)
-            value = mean + self.mix * torch.linalg.vecdot(q.exp(), q - m)
-        return value, probs * (a - mean[:, None])
+        assert q is not None
+        found = entries(p, q, self.kind, self.mix, self.alpha)
+        value, slope = found.value, found.slope
+        if self.entry_max is not None:
+            slope = (slope - found.free * found.mass).masked_fill_(value > self.entry_max, 0.0)
+            value = value.clamp(max=self.entry_max)
+        row = value.sum(-1)
+        total = row if slope is value else slope.sum(-1)
+        gradient = torch.addcmul(slope, found.mass, total[:, None], value=-1)
+        if self.row_max is None:
+            return row, gradient
+        return row.clamp(max=self.row_max), gradient.masked_fill_((row > self.row_max)[:, None], 0.0)
 
 
-def log_mixture(p: Float[Tensor, "*r"], q: Float[Tensor, "*r"], mix: float) -> Float[Tensor, "*r"]:
-    """log(mix e^q + (1 - mix) e^p), `mix` being the teacher's share."""
-    weight = p.new_tensor(mix)
-    return torch.logaddexp(q + weight.log(), p + (1 - weight).log())
+@dataclass(frozen=True, repr=False)
+class Entropy(Value):
+    """- H(p) over the whole vocabulary: a term with coefficient c > 0 is an entropy bonus of c. It has no teacher."""
 
+    teacher = None
+    signal_rank = 0
+    own_samples = False
 
-def divergence(p: Float[Tensor, "n J"], q: Float[Tensor, "n J"], kind: Kind, mix: float = 0.5) -> Float[Tensor, " n"]:
-    """The named divergence between two sets of log-probs over the same J outcomes, by automatic differentiation."""
-    if kind == "forward_kl":
-        return (q.exp() * (q - p)).sum(-1)
-    if kind == "reverse_kl":
-        return (p.exp() * (p - q)).sum(-1)
-    m = log_mixture(p, q, mix)
-    return mix * (q.exp() * (q - m)).sum(-1) + (1 - mix) * (p.exp() * (p - m)).sum(-1)
+    def needs(self) -> tuple[str, ...]:
+        return ()
 
+    def over(self, step: Step) -> Over:
+        return "full"
 
-def on_support(
-    logp: Float[Tensor, "n K"], tail: Float[Tensor, " n"] | None, valid: Bool[Tensor, "n K"], how: str
-) -> Float[Tensor, "n J"]:
-    """Log-probs over the valid candidates: with the tail as one more outcome ("bucket", J = K + 1), or renormalised.
-
-    An invalid column holds a log-prob so low that its mass is exactly 0, not -inf, which would make 0 x (-inf + inf);
-    a row without a valid candidate has divergence 0 after renormalising.
-    """
-    kept = logp.masked_fill(~valid, NO_MASS)
-    if how == "bucket":
-        assert tail is not None
-        return torch.cat([kept, tail[:, None]], -1)
-    return kept.log_softmax(-1)
+    def full(
+        self, p: Float[Tensor, "n V"], q: Float[Tensor, "n V"] | None
+    ) -> tuple[Float[Tensor, " n"], Float[Tensor, "n V"]]:
+        """Value and gradient p_j (log p_j + H) with respect to the student's logits."""
+        mass = p.exp()
+        summands = mass * p
+        row = summands.sum(-1)
+        return row, torch.addcmul(summands, mass, row[:, None], value=-1)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, runtime_checkable
 
 from opdkit.errors import MethodError
-from opdkit.losses import Divergence, Loss, PolicyGradient, SupportPolicyGradient
+from opdkit.losses import Divergence, Loss, PolicyGradient
 from opdkit.pieces import Piece
 from opdkit.reduction import Reduction
 from opdkit.serialise import decode, encode, register
@@ -115,17 +115,20 @@ class Method:
         if (term.loss.signal_rank == 0) != (term.signal is None):
             verb = "takes no signal; drop it" if term.signal is not None else "needs a signal such as log_ratio()"
             raise MethodError(f"method {self.name}: {term.loss} {verb}")
+        for what, part, rank in (("signal", term.signal, term.loss.signal_rank), ("weight", term.weight, 1)):
+            if part is not None and part.rank not in (None, rank):
+                shapes = {1: "[N], one number per token", 2: "[N, K], one number per candidate"}
+                raise MethodError(f"method {self.name}: {what} {part} is {shapes[part.rank or 1]}, but "
+                                  f"{term.loss if what == 'signal' else 'a weight'} needs {shapes[rank]}")  # fmt: skip
         if isinstance(term.loss, Divergence) and term.loss.tail != "bucket":
             compared = self.views.get(term.loss.teacher)
             if compared is not None and isinstance(compared.support, Full):
                 raise MethodError(f"method {self.name}: tail = {term.loss.tail!r} has no effect on view "
                                   f"'{term.loss.teacher}', which has support Full(); drop it")  # fmt: skip
-        if isinstance(term.loss, PolicyGradient | SupportPolicyGradient) and not isinstance(
-            self.rollouts[term.on], OnPolicy
-        ):
+        if term.loss.own_samples and not isinstance(self.rollouts[term.on], OnPolicy):
             raise MethodError(f"method {self.name}: {term.loss} trains on '{term.on}', which the student did not sample; "
-                              "a policy gradient is only right on its own samples")  # fmt: skip
-        if isinstance(term.loss, PolicyGradient | SupportPolicyGradient) and self._mixed(term.on):
+                              "its expected gradient is only right on the student's own samples")  # fmt: skip
+        if term.loss.own_samples and self._mixed(term.on):
             read = [view for piece in (term.signal, term.weight) if piece for _, need in piece.needs
                     for view in [need.split(".")[0]]]  # fmt: skip
             if "behaviour" not in read:

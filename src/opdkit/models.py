@@ -1,11 +1,15 @@
 """Loading causal language models and their tokenizers, and the checks that student and teacher fit together.
 
-Left out: quantised and sharded loading, and models that are not decoder-only transformers of the transformers library.
+Left out: loading one model on several devices, and models that are not decoder-only transformers of the transformers
+library. Axes: B sequences, T tokens, D hidden, H = D + rank columns where the vocabulary head has an adapter, else D.
 """
 
+import importlib.util
+import logging
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +17,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from opdkit.config import ModelConfig
-from opdkit.errors import ModelError
+from opdkit.config import LoraConfig, ModelConfig, Recipe
+from opdkit.errors import ModelError, RecipeError
 from opdkit.head import Head
+from opdkit.lora import BASE, Adapters, attach, check_lora, load_adapters, stored_base
 
 
 @dataclass
@@ -28,6 +33,7 @@ class LanguageModel:
     tokenizer: Any  # transformers.PreTrainedTokenizerBase
     temperature: float = 1.0
     forward: Callable[..., Any] | None = None  # called in place of the base model: a sharded model's entry
+    adapters: Adapters | None = None
     _vocab: int | None = field(default=None, init=False, repr=False)
 
     @property
@@ -51,7 +57,14 @@ class LanguageModel:
 
     @property
     def parameters(self) -> int:
-        return sum(p.numel() for p in self.model.parameters())
+        """Parameters of the model, its adapters among them where they are on; quantised ones count one by one."""
+        off = self.adapters is not None and not self.adapters.on
+        return self.model.num_parameters() - (self.adapters.size if off and self.adapters else 0)
+
+    @property
+    def saved(self) -> Any:
+        """What a checkpoint of this model holds: its adapters (a peft.PeftModel), else the whole model."""
+        return self.model if self.adapters is None else self.adapters.peft
 
     @property
     def eos_ids(self) -> tuple[int, ...]:
@@ -68,18 +81,28 @@ class LanguageModel:
         scale = getattr(self.config, "logit_scale", None) or 1.0 / (getattr(self.config, "logits_scaling", None) or 1.0)
         softcap = getattr(self.config, "final_logit_softcapping", None)
         bias = getattr(layer, "bias", None)
-        return Head(layer.weight, bias, self.vocab, float(scale), softcap, self.temperature)
+        low_rank = None if self.adapters is None else self.adapters.low_rank
+        return Head(layer.weight, bias, self.vocab, float(scale), softcap, self.temperature, low_rank)
 
-    def hidden(self, input_ids: Int[Tensor, "B T"]) -> Float[Tensor, "B T D"]:
+    def run(self, **inputs: Any) -> Any:
+        """The output of the model without its head, with the adapters on or off as this model has them."""
+        with self._switched():
+            return (self.forward or self.model.base_model)(**inputs)
+
+    def extend(self, hidden: Float[Tensor, "*rows D"]) -> Float[Tensor, "*rows H"]:
+        """Hidden states as `head` reads them: with the columns of the head's adapter, where it has one."""
+        return hidden if self.adapters is None else self.adapters.extend(hidden)
+
+    def hidden(self, input_ids: Int[Tensor, "B T"]) -> Float[Tensor, "B T H"]:
         """Last hidden states of right-padded sequences. No mask: no real token attends to the padding after it."""
-        run = self.forward or self.model.base_model
-        return run(input_ids=input_ids, use_cache=False).last_hidden_state
+        return self.extend(self.run(input_ids=input_ids, use_cache=False).last_hidden_state)
 
     def check_head(self) -> None:
         """Raise ModelError unless head(hidden) gives the model's own logits (an operation we do not know about)."""
         ids = torch.arange(3, device=self.device)[None] % self.vocab
         with torch.no_grad():
-            own = self.model(input_ids=ids).logits[0, :, : self.vocab].float()
+            with self._switched():
+                own = self.model(input_ids=ids).logits[0, :, : self.vocab].float()
             ours = self.head().at(1.0).logits(self.hidden(ids)[0])
         gap = (own - ours).abs().max().item()
         if not gap <= 1e-2 * max(1.0, own.abs().max().item()):
@@ -87,6 +110,9 @@ class LanguageModel:
                 f"{self.name} ({self.path}, {type(self.model).__name__}): its logits differ from head x hidden states "
                 f"by {gap:.3g}; the architecture transforms logits in a way this engine does not know"
             )
+
+    def _switched(self) -> AbstractContextManager[None]:
+        return nullcontext() if self.adapters is None else self.adapters.switched()
 
 
 def cache_folder() -> Path:
@@ -113,41 +139,128 @@ def resolve_path(path: str) -> str:
     return str(Path(path).expanduser()) if path.startswith("~") else path
 
 
-def load_model(config: ModelConfig, name: str, device: torch.device | str = "cpu") -> LanguageModel:
-    """Load a model and its tokenizer in evaluation mode. Raises ModelError when the path or its contents are wrong."""
-    from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
+def load_model(
+    config: ModelConfig, name: str, device: torch.device | str = "cpu", lora: LoraConfig | None = None, seed: int = 0
+) -> LanguageModel:
+    """Load a model and its tokenizer in evaluation mode; with `lora`, with adapters that alone are trained.
 
-    logging.disable_progress_bar()  # one bar a file is noise beside the run's own progress
+    A folder that holds an adapter is loaded with its base model: to be trained on with `lora`, frozen without. Fresh
+    adapters are drawn with `seed`. Raises ModelError when the path or its contents are wrong, or a target of `lora`
+    matches nothing, and RecipeError when `lora` is not how a stored adapter was made.
+    """
     path = resolve_path(config.path)
+    base = stored_base(path, name)
+    model, tokenizer = _load(config, name, path, base, torch.device(device))
+    adapters = None
+    if base is not None:
+        adapters = load_adapters(model, path, lora, name)
+    elif lora is not None:
+        adapters = attach(model, lora, path, name=name, seed=seed)
+    loaded = LanguageModel(name, config.path, model.eval(), tokenizer, config.temperature, adapters=adapters)
+    _check_tokenizer(loaded)
+    loaded.check_head()
+    return loaded
+
+
+def load_models(recipe: Recipe, device: torch.device, seed: int) -> tuple[LanguageModel, dict[str, LanguageModel]]:
+    """The student and the teachers of a recipe, the teachers frozen; fresh adapters are drawn with `seed`.
+
+    Raises ModelError and RecipeError as `load_model` and `base_of` do, and RecipeError for a student that has adapters or
+    quantised weights in a recipe without `lora`.
+    """
+    check_lora(recipe)
+    student = load_model(recipe.student, "student", device, recipe.lora, seed)
+    if recipe.lora is None and (student.adapters is not None or getattr(student.model, "is_quantized", False)):
+        held = "an adapter" if student.adapters is not None else "quantised weights"
+        raise RecipeError(f"student.path = {recipe.student.path} holds {held}, which cannot be trained as a whole model: add "
+                          "`lora` to train adapters, or give a merged model (`opd export RUN --merge`)")  # fmt: skip
+    teachers = {}
+    for name, config in recipe.teachers.items():
+        if config.path == BASE:
+            teachers[name] = base_of(student, recipe.student, config, name)
+        else:
+            teachers[name] = load_model(config, name, device)
+        if teachers[name].model is not student.model:
+            teachers[name].model.requires_grad_(False)
+    return student, teachers
+
+
+def base_of(student: LanguageModel, own: ModelConfig, config: ModelConfig, name: str) -> LanguageModel:
+    """The teacher `student:base`: the student, made from the recipe's `own`, as it was before training; frozen.
+
+    With adapters it is the same modules with the adapters off. Without, it is a second copy; its dtype, attn and quantize
+    are the student's unless `config` says otherwise. Raises RecipeError for such a setting where nothing is loaded.
+    """
+    default = ModelConfig(path=BASE)
+    given = {key: getattr(config, key) for key in ("dtype", "attn", "quantize")}
+    given = {key: value for key, value in given.items() if value != getattr(default, key)}
+    if student.adapters is None:
+        chosen = {"path": own.path, "dtype": own.dtype, "attn": own.attn, "quantize": own.quantize} | given
+        return replace(load_model(config.model_copy(update=chosen), name, student.device), path=BASE)
+    for key, value in given.items():
+        if value != getattr(own, key):
+            raise RecipeError(f"teachers.{name}.{key} = {value} has no effect: {BASE} is the student's own weights with its "
+                              f"adapters off, and they are {getattr(own, key)}; remove it")  # fmt: skip
+    off = replace(student.adapters, on=False)
+    return LanguageModel(name, BASE, student.model, student.tokenizer, config.temperature, adapters=off)
+
+
+def _load(config: ModelConfig, name: str, path: str, base: str | None, device: torch.device) -> tuple[Any, Any]:
+    """(model, tokenizer) of a folder or Hub id, or of the base model of an adapter in a folder."""
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()  # one bar a file is noise beside the run's own progress
+    source = base or path
+    shown = f"'{config.path}'" if base is None else f"'{config.path}', an adapter of '{base}',"
     advice = "Give a folder made by save_pretrained, a Hub id that can be reached, or testbed:NAME"
-    if (path.startswith((".", "/")) or path.count("/") > 1) and not Path(path).exists():
-        raise ModelError(f"cannot load {name} from '{config.path}': no such folder. {advice}")
+    if (source.startswith((".", "/")) or source.count("/") > 1) and not Path(source).exists():
+        raise ModelError(f"cannot load {name} from {shown}: no such folder. {advice}".replace(",:", ":"))
     try:
         both: Any = AutoModelForCausalLM.from_pretrained(
-            path,
+            source,
             dtype=getattr(torch, config.dtype),
             attn_implementation=config.attn,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are reported, and refused below in our words
+            **_placement(config, name, device),
         )
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        tokenizer = AutoTokenizer.from_pretrained(path if (Path(path) / "tokenizer_config.json").is_file() else source)
+        if base is not None and (Path(path) / "generation_config.json").is_file():
+            both[0].generation_config = GenerationConfig.from_pretrained(path)
     except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
         what = str(error).splitlines()[0].rstrip(".")
-        raise ModelError(
-            f"cannot load {name} from '{config.path}' with attn '{config.attn}': {what}. {advice}"
-        ) from error
+        raise ModelError(f"cannot load {name} from {shown} with attn '{config.attn}': {what}. {advice}") from error
     model, report = both
     if absent := {*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])}:
         raise ModelError(
             f"{name} ({config.path}): {len(absent)} weights are absent or of another shape, such as {min(absent)}, and "
             "would be random; config.json and the weights do not belong together"
         )
-    loaded = LanguageModel(name, config.path, model.to(device).eval(), tokenizer, config.temperature)
-    _check_tokenizer(loaded)
-    loaded.check_head()
-    return loaded
+    return (model if config.quantize != "none" else model.to(device)), tokenizer
+
+
+def _placement(config: ModelConfig, name: str, device: torch.device) -> dict[str, Any]:
+    """Arguments of from_pretrained that quantise a model while it is loaded: the head stays as it is."""
+    if config.quantize == "none":
+        return {}
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ModelError(
+            f"{name}: quantize = {config.quantize} needs a package: pip install 'opdkit[qlora]', or set quantize: none"
+        )
+    from transformers import BitsAndBytesConfig
+
+    if config.quantize == "int8":
+        # its products run in float16 whatever the dtype, and it says so at every one of them
+        logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+        how = BitsAndBytesConfig(load_in_8bit=True)
+    else:  # 2305.14314: 4-bit NormalFloat, with the scales quantised as well
+        how = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=getattr(torch, config.dtype),
+        )  # fmt: skip
+    return {"quantization_config": how, "device_map": {"": device}}
 
 
 def _check_tokenizer(lm: LanguageModel) -> None:

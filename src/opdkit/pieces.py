@@ -9,12 +9,15 @@ a string "VIEW.FIELD" whose braces name arguments of the function, so that a met
     full           the view has support Full
     rollouts.reward, rollouts.correct   a verifier judges the rollouts
     rollouts.group                      at least two responses per prompt
+
+Its return annotation declares its rank: Float[Tensor, " N"] is 1 and Float[Tensor, "N K"] is 2; a plain Tensor has the
+rank of the pieces inside it.
 """
 
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 from torch import Tensor
 
@@ -28,6 +31,7 @@ class _Function:
     call: Callable[..., Any]
     make: Callable[..., "Piece"]
     needs: tuple[str, ...]
+    rank: int | None
 
 
 _FUNCTIONS: dict[str, _Function] = {}  # what a serialised piece may name
@@ -60,13 +64,27 @@ class Piece:
         own = tuple((self, need.format(**dict(self.args))) for need in _FUNCTIONS[self.name].needs)
         return own + tuple(need for child in self.children for need in child.needs)
 
+    @property
+    def rank(self) -> int | None:
+        """1 for [N], 2 for [N, K]; None where neither the function nor the pieces inside it declare it."""
+        inside = [child.rank for child in self.children]
+        return _FUNCTIONS[self.name].rank or max((r for r in inside if r is not None), default=None)
 
-def piece(*needs: str) -> Callable[[Callable[..., Tensor]], Callable[..., Piece]]:
-    """Decorate `def f(step, *, ...)`: the name now makes a Piece. Arguments are checked when the piece is made."""
+
+def piece(
+    *needs: str, check: Callable[..., None] | None = None
+) -> Callable[[Callable[..., Tensor]], Callable[..., Piece]]:
+    """Decorate `def f(step, *, ...)`: the name now makes a Piece.
+
+    Arguments are checked when the piece is made: their names, the values of a Literal, and by `check`, which takes all
+    of them by name and raises MethodError.
+    """
 
     def wrap(function: Callable[..., Tensor]) -> Callable[..., Piece]:
         name = function.__name__
         signature = inspect.signature(function)
+        choices = {p.name: get_args(p.annotation) for p in signature.parameters.values()
+                   if get_origin(p.annotation) is Literal}  # fmt: skip
 
         def make(**arguments: Any) -> Piece:
             known = list(signature.parameters)[1:]
@@ -75,10 +93,19 @@ def piece(*needs: str) -> Callable[[Callable[..., Tensor]], Callable[..., Piece]
                     raise TypeError(f"{name} has no argument '{given}'{nearest(given, known)}")
             bound = signature.bind(None, **arguments)
             bound.apply_defaults()
-            return Piece(name, tuple(bound.arguments.items())[1:])
+            made = Piece(name, tuple(bound.arguments.items())[1:])
+            for argument, allowed in choices.items():
+                if bound.arguments[argument] not in allowed:
+                    raise MethodError(f"{made}: {argument} must be one of {', '.join(map(str, allowed))}")
+            if check is not None:
+                check(**dict(made.args))
+            return made
 
         make.__name__, make.__doc__ = name, function.__doc__
-        _FUNCTIONS[name] = _Function(function, make, needs)
+        rank = (
+            len(getattr(signature.return_annotation, "dims", ())) or None
+        )  # jaxtyping's shape; a plain Tensor has none
+        _FUNCTIONS[name] = _Function(function, make, needs, rank)
         return make
 
     return wrap
@@ -94,7 +121,19 @@ def make_piece(name: str, arguments: dict[str, Any]) -> Piece:
         raise MethodError(f"piece {name}: {error}") from error
 
 
-@piece()
+def flat(of: Piece, name: str) -> None:
+    """Raise MethodError when a piece that must be [N] is [N, K]."""
+    if of.rank == 2:
+        raise MethodError(f"{name} reads one number per token, but {of} is [N, K]: it has one per candidate")
+
+
+def _check_sum(parts: tuple[Piece, ...]) -> None:
+    if len({part.rank for part in parts} - {None}) > 1:
+        ranks = ", ".join(f"{part} is {'[N, K]' if part.rank == 2 else '[N]'}" for part in parts)
+        raise MethodError(f"cannot add signals of different shapes: {ranks}; give all of them one support")
+
+
+@piece(check=_check_sum)
 def _plus(step: Step, *, parts: tuple[Piece, ...]) -> Tensor:
     first, *rest = (part(step) for part in parts)
     for other in rest:

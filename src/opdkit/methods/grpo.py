@@ -1,15 +1,47 @@
 """GRPO: group-relative policy optimisation on the verifier's reward, without a teacher (arXiv:2402.03300).
 
-    A = (R - mean_group R) / (std_group R + eps),     L = - mean_t A log p(y_t)
+    A = (R - mean_group R) / (std_group R + eps),     r_t = p(y_t) / p_old(y_t)
+    L = - mean_t min(r_t A, clip(r_t, 1 - low, 1 + high) A) + kl_coef mean_t k3_t - entropy_coef mean_t H(p_t)
+    k3_t = b/p - 1 - log(b/p) of the sampled token, b = view "reference", usually the student before training
 
-`std=False` is Dr. GRPO's advantage (2503.20783). Defaults: std on and token mean, as in the core paper's teacher
-recipe (2604.13016 section e: no KL to a reference, no entropy bonus).
-Left out: the PPO clip, inert with one update per rollout batch.
+`std=False` is Dr. GRPO's advantage (2503.20783), `baseline="leave_one_out"` RLOO's (2402.14740); a group of one has
+advantage 0. The first update of a rollout batch has r = 1, so the clip acts with train.minibatches or train.epochs > 1.
+k3 estimates KL(p, b) without bias, but its gradient is that of KL(b, p); `kl="k2"` has the gradient of KL(p, b).
+Defaults: std on, token mean, no KL and no entropy bonus as in the core paper's teacher recipe (2604.13016 section e);
+clip 0.2 and k3 as in GRPO's own (whose kl_coef is 0.04).
+Left out: overlong penalties, and dynamic sampling of prompts.
 """
 
-from opdkit.method import Method, Term
+from typing import Literal
+
+from opdkit.losses import ClippedPolicyGradient, Entropy, SampledDivergence
+from opdkit.method import Method, Term, View
 from opdkit.signals import outcome
 
 
-def grpo(*, std: bool = True, eps: float = 1e-6) -> Method:
-    return Method(name="grpo", views={}, terms=(Term(signal=outcome(std=std, eps=eps)),))
+def grpo(
+    *,
+    std: bool = True,
+    eps: float = 1e-6,
+    baseline: Literal["group_mean", "leave_one_out"] = "group_mean",
+    low: float | None = 0.2,
+    high: float | None = 0.2,
+    dual: float | None = None,
+    kl_coef: float = 0.0,
+    kl: Literal["k2", "k3"] = "k3",
+    reference: str = "reference",
+    entropy_coef: float = 0.0,
+) -> Method:
+    if kl_coef < 0 or entropy_coef < 0:
+        raise ValueError(f"kl_coef = {kl_coef} and entropy_coef = {entropy_coef} must not be negative; 0 = off")
+    if not kl_coef and (kl, reference) != ("k3", "reference"):
+        raise ValueError(
+            f"kl = {kl!r} and reference = {reference!r} have no effect with kl_coef = 0; set it or drop them"
+        )
+    signal = outcome(std=std, eps=eps, baseline=baseline)
+    terms = [Term(loss=ClippedPolicyGradient(low, high, dual), signal=signal)]
+    if kl_coef:
+        terms.append(Term(loss=SampledDivergence(kl, teacher="reference"), coef=kl_coef))
+    if entropy_coef:
+        terms.append(Term(loss=Entropy(), coef=entropy_coef))
+    return Method(name="grpo", views={"reference": View(reference)} if kl_coef else {}, terms=tuple(terms))

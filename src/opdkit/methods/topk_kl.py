@@ -4,22 +4,31 @@
 
 `tail="renormalise"` is the paper's Eq. 5: both sides renormalised over the candidates, the mass outside forgotten; at
 k = 1 it is identically 0. The bucket keeps the mass in view: a lower bound of the full KL whose gradient vanishes at
-student = teacher and which pulls mass that leaked out of the support back.
-Both are biased for k < V; both equal `full_opd` at k = V. Defaults: k = 16 of the student (released script).
+student = teacher and which pulls mass that leaked out of the support back. `tail="raw"` adds up the candidates' summands
+and nothing else (verl): it moves a student that equals its teacher.
+All are biased for k < V; all equal `full_opd` at k = V. `kind` takes any divergence; `mix` is the teacher's share where
+it is read. `row_max` (nats) cuts a token's loss, and its gradient, as verl's loss_max_clamp does.
+Defaults: k = 16 of the student (released script), reverse KL.
 """
 
-from typing import Literal
-
-from opdkit.losses import Divergence
+from opdkit.losses import Divergence, Kind, Tail
 from opdkit.method import Method, Term, View
 from opdkit.support import Of, TopK
 
 
 def topk_kl(
-    *, teacher: str = "teacher", k: int = 16, of: Of = "student", tail: Literal["bucket", "renormalise"] = "bucket"
+    *,
+    teacher: str = "teacher",
+    k: int = 16,
+    of: Of = "student",
+    kind: Kind = "reverse_kl",
+    mix: float = 0.5,
+    alpha: float = 0.5,
+    tail: Tail = "bucket",
+    row_max: float | None = None,
 ) -> Method:
     return Method(
         name="topk_kl",
         views={"teacher": View(teacher, TopK(k, of))},
-        terms=(Term(loss=Divergence("reverse_kl", tail=tail)),),
+        terms=(Term(loss=Divergence(kind, mix, alpha, tail=tail, row_max=row_max)),),
     )

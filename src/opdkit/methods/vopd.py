@@ -7,18 +7,30 @@ gradient stays that of `opd`, for any k, and the variance normally drops.
 
 k = None takes the KL over the full vocabulary (the released vopd.yaml). With k it is taken on the student's top-k,
 both sides renormalised (Eqs. 14-15; the paper uses k = 20, its released yaml 100); k = 1 is `opd`.
+With `low`, `high` or `dual` the loss is PPO's clipped surrogate, for train.minibatches or train.epochs > 1; the first
+update of a rollout batch is the same. Default: none, the paper's.
 Left out: the reward-clipped variant, and normalising the advantage, which the paper does not do either.
 """
 
+from opdkit.losses import ClippedPolicyGradient, PolicyGradient
 from opdkit.method import Method, Term, View
 from opdkit.pieces import minus
 from opdkit.signals import expected_log_ratio, log_ratio
 from opdkit.support import Full, TopK
 
 
-def vopd(*, teacher: str = "teacher", k: int | None = None) -> Method:
+def vopd(
+    *,
+    teacher: str = "teacher",
+    k: int | None = None,
+    low: float | None = None,
+    high: float | None = None,
+    dual: float | None = None,
+) -> Method:
+    clipped = (low, high, dual) != (None, None, None)
+    loss = ClippedPolicyGradient(low, high, dual) if clipped else PolicyGradient()
     return Method(
         name="vopd",
         views={"teacher": View(teacher, Full() if k is None else TopK(k))},
-        terms=(Term(signal=minus(log_ratio(), expected_log_ratio())),),
+        terms=(Term(loss=loss, signal=minus(log_ratio(), expected_log_ratio())),),
     )

@@ -49,7 +49,12 @@ class RunInfo(Record):
 
 
 class Evaluation(Record):
-    """One line of evals.jsonl: shares in [0, 1], reverse KL in nats per token, lengths in tokens."""
+    """One line of evals.jsonl: shares in [0, 1], reverse KL in nats per token, lengths in tokens.
+
+    With several teachers there is one `reverse_kl/NAME` for each, among the extra fields.
+    """
+
+    model_config = ConfigDict(extra="allow")
 
     step: int
     who: str

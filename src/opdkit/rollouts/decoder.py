@@ -1,6 +1,7 @@
 """Rows that decode together: their cache, padding and positions, and the model's forward pass.
 
-Axes: P prompts, R rows at the start, r rows that are still live, T prompt tokens with padding, D hidden.
+Axes: P prompts, R rows at the start, r rows that are still live, T prompt tokens with padding, H columns that
+the vocabulary head reads.
 
 Every prompt is read once, padded on the left, whatever the number of its rows. Only hidden states leave this file: the
 vocabulary head is the sampler's business. Left out: paged caches and speculative decoding.
@@ -17,9 +18,9 @@ from opdkit.models import LanguageModel
 
 
 class Decoder:
-    """The model half of sampling. `hidden` [r, D] are the states that predict the next token of each live row."""
+    """The model half of sampling. `hidden` [r, H] are the states that predict the next token of each live row."""
 
-    hidden: Float[Tensor, "r D"]
+    hidden: Float[Tensor, "r H"]
 
     def __init__(
         self, lm: LanguageModel, prompts: Sequence[Sequence[int]], owner: Int[Tensor, " R"], new_tokens: int
@@ -59,8 +60,8 @@ class Decoder:
         self.hidden = self._forward(tokens[:, None], self.positions[:, None])
         self.positions = self.positions + 1
 
-    def _forward(self, ids: Int[Tensor, "r n"], positions: Int[Tensor, "s n"]) -> Float[Tensor, "r D"]:
-        output = self.lm.model.base_model(
+    def _forward(self, ids: Int[Tensor, "r n"], positions: Int[Tensor, "s n"]) -> Float[Tensor, "r H"]:
+        output = self.lm.run(
             input_ids=ids,
             attention_mask=None if self.mask is None else self.mask[:, : self.seen],
             position_ids=positions,
@@ -72,7 +73,7 @@ class Decoder:
                 f"{self.lm.name} ({self.lm.path}, {type(self.lm.model).__name__}) does not use the transformers "
                 "key-value cache, so responses cannot be sampled from it; use a model with attention layers"
             )
-        return output.last_hidden_state[:, -1]
+        return self.lm.extend(output.last_hidden_state[:, -1])
 
 
 def compaction(done: Bool[Tensor, " r"]) -> Int[Tensor, " k"]:

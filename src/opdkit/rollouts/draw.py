@@ -4,6 +4,7 @@ Axes: r rows, V real vocabulary, D hidden, k tokens that truncation leaves, Kt s
 
 A draw inverts the cumulative distribution at a given uniform number, summed in float64: it is a function of (logits,
 number), and never a token of probability 0. On the CPU a large vocabulary is worked through in blocks of rows.
+With `Other` the tokens come from a mixture with a second model; what is recorded is still about the first one.
 """
 
 from typing import NamedTuple
@@ -12,8 +13,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from opdkit.divergences import NO_MASS, log_mixture
 from opdkit.head import Head, blocks
-from opdkit.losses import NO_MASS
 
 SEGMENT = 512  # vocabulary entries whose masses are added up before one of them is searched
 NUCLEUS = 64  # most probable ids that are looked at first when top-p needs an order
@@ -24,51 +25,68 @@ class Draw(NamedTuple):
 
     tokens: Int[Tensor, " r"]
     logp: Float[Tensor, " r"]  # under softmax(logits / temperature) over the whole vocabulary
-    behaviour: Float[Tensor, " r"]  # under the truncated, renormalised distribution that was drawn from
+    behaviour: Float[Tensor, " r"]  # under the distribution that was drawn from: mixed, truncated, renormalised
     entropy: Float[Tensor, " r"]
     top_ids: Int[Tensor, "r Kt"]  # most probable ids, best first
     top: Float[Tensor, "r Kt"]
 
 
+class Other(NamedTuple):
+    """A second model that takes part in a draw: its head, its hidden states and its share of the mixture in [0, 1)."""
+
+    head: Head
+    hidden: Float[Tensor, "r E"]
+    share: float
+
+
+class Cut(NamedTuple):
+    """How the distribution is truncated, and how much of it is recorded."""
+
+    top_p: float = 1.0
+    top_k: int = 0
+    greedy: bool = False  # the most probable token instead of a draw
+    keep_top: int = 1
+
+
 def draw(
-    head: Head,
-    hidden: Float[Tensor, "r D"],
-    uniform: Float[Tensor, " r"],
-    *,
-    top_p: float = 1.0,
-    top_k: int = 0,
-    greedy: bool = False,
-    keep_top: int = 1,
+    head: Head, hidden: Float[Tensor, "r D"], uniform: Float[Tensor, " r"], cut: Cut, other: Other | None = None
 ) -> Draw:
-    """Draw one token per row. `uniform` is float64 in [0, 1); `greedy` takes the most probable token instead."""
+    """Draw one token per row. `uniform` is float64 in [0, 1). With `other`, from share x other + (1 - share) x own."""
     z = head.logits(hidden)
+    second = None if other is None else other.head.logits(other.hidden)
     parts = [slice(None)] if z.is_cuda else blocks(*z.shape)
-    found = [_draw_rows(z[part], uniform[part], top_p, top_k, greedy, keep_top) for part in parts]
+    found = []
+    for part in parts:
+        mixed = None if other is None or second is None else (second[part], other.share)
+        found.append(_draw_rows(z[part], uniform[part], cut, mixed))
     return found[0] if len(found) == 1 else Draw(*(torch.cat(column) for column in zip(*found, strict=True)))
 
 
 def _draw_rows(
-    z: Float[Tensor, "r V"], uniform: Float[Tensor, " r"], top_p: float, top_k: int, greedy: bool, keep_top: int
+    z: Float[Tensor, "r V"], uniform: Float[Tensor, " r"], cut: Cut, mixed: tuple[Float[Tensor, "r V"], float] | None
 ) -> Draw:
     logp = z.log_softmax(-1)
     p = logp.exp()
     entropy = -(p * logp).sum(-1)  # not vecdot: autocast would run it in half precision
-    top = torch.topk(logp, keep_top, dim=-1)
+    top = torch.topk(logp, cut.keep_top, dim=-1)
 
     def at(values: Tensor, index: Tensor) -> Tensor:
         return values.gather(1, index[:, None]).squeeze(1)
 
-    if greedy:  # of the logits: two of them can round to one log-prob
-        tokens = z.argmax(-1)
+    scores, source = z, logp  # what is drawn from: its order, and its log-probs
+    if mixed is not None:
+        scores = source = log_mixture(logp, mixed[0].log_softmax(-1), mixed[1])
+        p = source.exp()
+    if cut.greedy:  # of the logits: two of them can round to one log-prob
+        tokens = scores.argmax(-1)
         return Draw(tokens, at(logp, tokens), torch.zeros_like(entropy), entropy, top.indices, top.values)
-    if top_k or top_p < 1.0:
-        ids, kept = truncate(logp, top_k, top_p)
+    if cut.top_k or cut.top_p < 1.0:
+        ids, kept = truncate(source, cut.top_k, cut.top_p)
         column = inverse_cdf(kept.exp(), uniform)
         tokens = at(ids, column)
         return Draw(tokens, at(logp, tokens), at(kept, column), entropy, top.indices, top.values)
     tokens = inverse_cdf(p, uniform)
-    chosen = at(logp, tokens)
-    return Draw(tokens, chosen, chosen, entropy, top.indices, top.values)
+    return Draw(tokens, at(logp, tokens), at(source, tokens), entropy, top.indices, top.values)
 
 
 def inverse_cdf(p: Float[Tensor, "r V"], uniform: Float[Tensor, " r"]) -> Int[Tensor, " r"]:

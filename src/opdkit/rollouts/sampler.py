@@ -5,7 +5,8 @@ Axes: R rows (sequences that decode together), r of them still live, T sampled t
 A prompt is prefilled once for its whole group; prompt positions never reach the vocabulary head; finished rows leave
 the batch. The log-prob, entropy and top-k of every sampled position are kept, so the student is not scored again. The
 uniform number that draws token t of response j to a prompt depends on (seed, prompt, j, t) only, so results do not
-depend on which rows share a batch. Left out: samplers in other processes, beams.
+depend on which rows share a batch. With a `Mixture`, a second model decodes the same rows in lock-step, each with its
+own cache, and tokens are drawn from both. Left out: samplers in other processes, beams.
 """
 
 import hashlib
@@ -17,10 +18,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from opdkit.errors import DataError, NonFiniteError, RecipeError
+from opdkit.errors import DataError, ModelError, NonFiniteError, RecipeError
 from opdkit.models import LanguageModel
 from opdkit.rollouts.decoder import Decoder, compaction
-from opdkit.rollouts.draw import draw
+from opdkit.rollouts.draw import Cut, Other, draw
 from opdkit.rollouts.rollout import Capture
 from opdkit.rollouts.stopping import StopStrings
 
@@ -48,6 +49,24 @@ class Keep:
 
 
 @dataclass(frozen=True)
+class Mixture:
+    """Tokens come from share x teacher + (1 - share) x the sampling model (2306.08543, teacher-mixed sampling).
+
+    The teacher's probabilities are those at its own scoring temperature. `prompts` are the same prompts as the teacher
+    reads them; None = as the sampling model does. The record's `logp`, entropy and top-k stay the sampling model's own;
+    `behaviour` is the mixture's.
+    """
+
+    teacher: LanguageModel
+    share: float
+    prompts: Sequence[Sequence[int]] | None = None
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.share < 1.0:
+            raise RecipeError(f"the teacher's share of a mixture is {self.share}; expected 0 to below 1")
+
+
+@dataclass(frozen=True)
 class Sample:
     """One sampled response."""
 
@@ -59,17 +78,21 @@ class Sample:
 
 def sample(
     lm: LanguageModel, prompts: Sequence[Sequence[int]], how: Sampling, seed: int, keep: Keep | None = None,
-    keys: Sequence[str] | None = None,
+    keys: Sequence[str] | None = None, mixture: Mixture | None = None,
 ) -> list[list[Sample]]:  # fmt: skip
     """Sample `how.group` responses to every prompt. Returns one list of samples per prompt, in the order given.
 
     `keys` are the prompts' random-number keys where they are part of a longer list (`prompt_keys`). Deterministic in
     (weights, prompts, how, seed or keys); torch's global random state is neither read nor changed. Raises
-    RecipeError for settings that cannot work with this model, DataError for a prompt that is empty or leaves no room
-    for `max_new_tokens`, and NonFiniteError when the model returns NaN.
+    RecipeError for settings that cannot work with this model, ModelError for a mixture of two vocabularies, DataError
+    for a prompt that is empty or leaves no room for `max_new_tokens`, and NonFiniteError when a model returns NaN.
     """
     keep = keep or Keep()
     _check(lm, prompts, how, keep)
+    readers = [(lm, prompts)]
+    if mixture is not None:
+        readers.append((mixture.teacher, prompts if mixture.prompts is None else mixture.prompts))
+        _check_mixture(lm, mixture, readers[1][1], how)
     keys = keys or prompt_keys(prompts, seed)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # similar lengths: little padding
     rows = [(i, j) for i in order for j in range(how.group)]
@@ -79,8 +102,9 @@ def sample(
         wave = rows[start : start + size]
         chosen = list(dict.fromkeys(i for i, _ in wave))
         place = {i: n for n, i in enumerate(chosen)}
-        noise = torch.stack([_noise(keys[i], j, how.max_new_tokens) for i, j in wave])
-        samples = _wave(lm, [prompts[i] for i in chosen], [place[i] for i, _ in wave], how, keep, noise)
+        uniform = torch.stack([noise(keys[i], j, how.max_new_tokens) for i, j in wave])
+        work = _Wave([place[i] for i, _ in wave], uniform, how, keep, 0.0 if mixture is None else mixture.share)
+        samples = work.run([(model, [theirs[i] for i in chosen]) for model, theirs in readers])
         found |= zip(wave, samples, strict=True)
     return [[found[i, j] for j in range(how.group)] for i in range(len(prompts))]
 
@@ -97,13 +121,27 @@ def _check(lm: LanguageModel, prompts: Sequence[Sequence[int]], how: Sampling, k
             f"none of the EOS ids {list(eos)} is among the {vocab} ids of the vocabulary, so no response could end; "
             "set sampling.eos_ids"
         )
+    _check_room(lm, prompts, how)
+
+
+def _check_room(lm: LanguageModel, prompts: Sequence[Sequence[int]], how: Sampling) -> None:
     room = lm.context_length - how.max_new_tokens
     for i, prompt in enumerate(prompts):
         if not 0 < len(prompt) <= room:
             raise DataError(
-                f"prompt {i} has {len(prompt)} tokens; expected 1 to {room}, the context of {lm.context_length} less "
-                f"max_new_tokens = {how.max_new_tokens}"
+                f"prompt {i} has {len(prompt)} tokens as {lm.name} reads it; expected 1 to {room}, the context of "
+                f"{lm.context_length} less max_new_tokens = {how.max_new_tokens}"
             )
+
+
+def _check_mixture(lm: LanguageModel, mixture: Mixture, prompts: Sequence[Sequence[int]], how: Sampling) -> None:
+    ours, theirs = lm.head().size, mixture.teacher.head().size
+    if ours != theirs:
+        raise ModelError(
+            f"{lm.name} has {ours} token ids and {mixture.teacher.name} {theirs}: their distributions cannot be mixed; "
+            "use a teacher with the student's vocabulary, or sample without one"
+        )
+    _check_room(mixture.teacher, prompts, how)
 
 
 def prompt_keys(prompts: Sequence[Sequence[int]], seed: int) -> list[str]:
@@ -116,67 +154,81 @@ def prompt_keys(prompts: Sequence[Sequence[int]], seed: int) -> list[str]:
     return keys
 
 
-def _noise(key: str, response: int, length: int) -> Float[Tensor, " T"]:
+def noise(key: str, response: int, length: int) -> Float[Tensor, " T"]:
     """Uniform numbers in [0, 1): float64, so that inverse-CDF sampling resolves rare tokens."""
     digest = hashlib.blake2b(f"{key}/{response}".encode(), digest_size=8).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
     return torch.rand(length, generator=generator, dtype=torch.float64)
 
 
-def _wave(
-    lm: LanguageModel, prompts: Sequence[Sequence[int]], owner: Sequence[int], how: Sampling, keep: Keep,
-    noise: Float[Tensor, "R T"],
-) -> list[Sample]:  # fmt: skip
-    """Sample rows that start together; row i answers prompt owner[i]."""
-    record, count = _Recorder(), len(owner)
-    stopping = StopStrings(lm.tokenizer, how.stop)
-    # Without autograd's bookkeeping: 5 to 10 % of a small model's time. The record is put together outside of it,
-    # because tensors of inference mode may not take part in a backward pass.
-    with torch.inference_mode():
-        decoder = Decoder(lm, prompts, torch.tensor(owner, device=lm.device), how.max_new_tokens)
-        ended = _decode(lm, decoder, how, keep, noise.to(lm.device), stopping, record)
-    samples = []
-    for i, (tokens, *recorded) in enumerate(record.per_row(count)):
-        ids = tokens.tolist()
-        text = stopping.texts.get(i)
-        finish = "stop" if i in ended else "length" if text is None else "stop_string"
-        text = lm.tokenizer.decode(ids, skip_special_tokens=True) if text is None else text
-        samples.append(Sample(tuple(ids), finish, text, Capture(*recorded)))
-    if not all(bool(torch.isfinite(s.capture.logp).all()) for s in samples):
-        raise NonFiniteError(
-            f"model '{lm.name}' ({lm.path}) returned NaN or infinite log-probs while sampling; check its weights and "
-            "dtype"
-        )
-    return samples
+@dataclass(frozen=True)
+class _Wave:
+    """Rows that start together; row i answers prompt owner[i]."""
 
+    owner: Sequence[int]
+    uniform: Float[Tensor, "R T"]
+    how: Sampling
+    keep: Keep
+    share: float  # of the second reader, where there is one
 
-def _decode(
-    lm: LanguageModel, decoder: Decoder, how: Sampling, keep: Keep, noise: Float[Tensor, "R T"],
-    stopping: StopStrings, record: "_Recorder",
-) -> set[int]:  # fmt: skip
-    """Draw token after token until every row is done. Returns the rows that an EOS token ended."""
-    head = lm.head().at(how.temperature or 1.0)
-    live = torch.arange(noise.shape[0], device=lm.device)
-    is_eos = torch.zeros(head.size, dtype=torch.bool, device=lm.device)
-    is_eos[[i for i in how.eos_ids or lm.eos_ids if i < head.size]] = True
-    ended: set[int] = set()
-    for t in range(how.max_new_tokens):
-        drawn = draw(head, decoder.hidden, noise[live, t], top_p=how.top_p, top_k=how.top_k,
-                     greedy=how.temperature == 0, keep_top=keep.top_k)  # fmt: skip
-        record.add(live, *drawn, *([decoder.hidden] if keep.hidden else []))
-        tokens = drawn.tokens
-        done = is_eos[tokens]
-        ended.update(live[done].tolist())
-        if how.stop:
-            done |= stopping.completed(live, tokens, done)
-        if t + 1 == how.max_new_tokens or bool(done.all()):
-            break
-        if bool(done.any()):
-            order = compaction(done)
-            live, tokens = live[order], tokens[order]
-            decoder.keep(order)
-        decoder.advance(tokens)
-    return ended
+    def run(self, readers: Sequence[tuple[LanguageModel, Sequence[Sequence[int]]]]) -> list[Sample]:
+        """Sample with the first model, mixed with the second if there is one; each is given with its prompts."""
+        lm, how = readers[0][0], self.how
+        record, stopping = _Recorder(), StopStrings(lm.tokenizer, how.stop)
+        # Without autograd's bookkeeping: 5 to 10 % of a small model's time. The record is put together outside of it,
+        # because tensors of inference mode may not take part in a backward pass.
+        with torch.inference_mode():
+            decoders = [
+                Decoder(model, prompts, torch.tensor(self.owner, device=model.device), how.max_new_tokens)
+                for model, prompts in readers
+            ]
+            ended = self._decode(decoders, stopping, record)
+        samples = []
+        for i, (tokens, *recorded) in enumerate(record.per_row(len(self.owner))):
+            ids = tokens.tolist()
+            text = stopping.texts.get(i)
+            finish = "stop" if i in ended else "length" if text is None else "stop_string"
+            text = lm.tokenizer.decode(ids, skip_special_tokens=True) if text is None else text
+            samples.append(Sample(tuple(ids), finish, text, Capture(*recorded)))
+        for at, (model, _) in enumerate(readers):  # a mixture is not finite when either model is not
+            recorded = [s.capture.behaviour if at else s.capture.logp for s in samples]
+            if not all(bool(torch.isfinite(numbers).all()) for numbers in recorded):
+                raise NonFiniteError(
+                    f"model '{model.name}' ({model.path}) returned NaN or infinite log-probs while sampling; check its "
+                    "weights and dtype"
+                )
+        return samples
+
+    def _decode(self, decoders: Sequence[Decoder], stopping: StopStrings, record: "_Recorder") -> set[int]:
+        """Draw token after token until every row is done. Returns the rows that an EOS token ended."""
+        how, first, lm = self.how, decoders[0], decoders[0].lm
+        head = lm.head().at(how.temperature or 1.0)
+        heads = [decoder.lm.head() for decoder in decoders[1:]]
+        uniform = self.uniform.to(lm.device)
+        live = torch.arange(uniform.shape[0], device=lm.device)
+        is_eos = torch.zeros(head.size, dtype=torch.bool, device=lm.device)
+        is_eos[[i for i in how.eos_ids or lm.eos_ids if i < head.size]] = True
+        ended: set[int] = set()
+        cut = Cut(how.top_p, how.top_k, how.temperature == 0, self.keep.top_k)
+        for t in range(how.max_new_tokens):
+            others = [Other(h, d.hidden, self.share) for h, d in zip(heads, decoders[1:], strict=True)]
+            drawn = draw(head, first.hidden, uniform[live, t], cut, *others)
+            record.add(live, *drawn, *([first.hidden] if self.keep.hidden else []))
+            tokens = drawn.tokens
+            done = is_eos[tokens]
+            ended.update(live[done].tolist())
+            if how.stop:
+                done |= stopping.completed(live, tokens, done)
+            if t + 1 == how.max_new_tokens or bool(done.all()):
+                break
+            order = compaction(done) if bool(done.any()) else None
+            if order is not None:
+                live, tokens = live[order], tokens[order]
+            for decoder in decoders:
+                if order is not None:
+                    decoder.keep(order)
+                decoder.advance(tokens)
+        return ended
 
 
 class _Recorder:

@@ -1,24 +1,29 @@
-"""Where rollouts come from: the student's own samples, or the data set's responses."""
+"""Where rollouts come from: the student's own samples, a teacher's, the replay buffer, or the data set's responses.
 
-from collections.abc import Sequence
-from dataclasses import replace
+Left out: the buffer itself, which belongs to the run (`rollouts.replay`), and rollouts with tools.
+"""
 
-from opdkit.errors import DataError
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
 from opdkit.models import LanguageModel
+from opdkit.rollouts.responses import ResponseStore, open_store, respond
 from opdkit.rollouts.rollout import Rollout
-from opdkit.rollouts.sampler import Keep, Sampling, sample
-from opdkit.sources import OnPolicy
+from opdkit.rollouts.sampler import Keep, Mixture, Sampling, sample
+from opdkit.sources import Dataset, OnPolicy, Source, TeacherSamples
 from opdkit.tasks.problem import Problem, Task
+from opdkit.tasks.turns import dataset_rollouts
 
 Prompts = Sequence[tuple[Problem, tuple[int, ...]]]
+Read = Callable[[LanguageModel, list[Rollout]], list[Rollout]]  # the rollouts with the prompts that a model reads
 
 
 def on_policy(
     lm: LanguageModel, prompts: Prompts, how: Sampling, seed: int, keep: Keep | None = None, version: int = 0,
-    keys: Sequence[str] | None = None,
+    keys: Sequence[str] | None = None, mixture: Mixture | None = None,
 ) -> list[Rollout]:  # fmt: skip
     """Sampled responses, the group of one prompt side by side."""
-    groups = sample(lm, [ids for _, ids in prompts], how, seed, keep, keys)
+    groups = sample(lm, [ids for _, ids in prompts], how, seed, keep, keys, mixture)
     return [
         Rollout(problem, ids, s.ids, s.text, group, s.finish, version=version, capture=s.capture)
         for group, ((problem, ids), samples) in enumerate(zip(prompts, groups, strict=True))
@@ -27,37 +32,87 @@ def on_policy(
 
 
 def from_dataset(lm: LanguageModel, task: Task, prompts: Prompts, how: Sampling) -> list[Rollout]:
-    """The data set's response to each prompt, with EOS, cut at the token limit. Raises DataError if there is none."""
+    """The data set's response to each prompt, with EOS, cut at the token limit. Raises DataError if there is none.
+
+    A conversation may become several rollouts of one group, one after the other (`tasks.turns`).
+    """
     rollouts = []
     for group, (problem, ids) in enumerate(prompts):
-        text = task.target(problem) if task.target is not None else problem.answer
-        if not text:
-            raise DataError(f"problem {problem.id} has no response to train on; give the data an answer column")
-        tokens = (*lm.tokenizer.encode(text, add_special_tokens=False), (how.eos_ids or lm.eos_ids)[0])
-        finish = "stop"
-        if len(tokens) > how.max_new_tokens:
-            finish, tokens = "length", tokens[: how.max_new_tokens]
-            text = lm.tokenizer.decode(tokens, skip_special_tokens=True)
-        rollouts.append(Rollout(problem, ids, tokens, text, group, finish, source="data"))
+        eos = how.eos_ids or lm.eos_ids
+        rollouts += dataset_rollouts(lm, task, problem, ids, group, eos, how.max_new_tokens)
     return rollouts
 
 
-def roll_out(
-    sources: dict[str, tuple[object, Prompts, Sequence[str]]],
-    lm: LanguageModel,
-    task: Task,
-    how: Sampling,
-    keep: Keep,
-    seed: int,
-    version: int,
-) -> dict[str, list[Rollout]]:
-    """Rollouts of every source, given with its prompts and their random-number keys; groups are numbered through."""
-    found, offset = {}, 0
-    for name, (source, prompts, keys) in sources.items():
-        if isinstance(source, OnPolicy):
-            rollouts = on_policy(lm, prompts, how, seed, keep, version, keys)
-        else:
-            rollouts = from_dataset(lm, task, prompts, how)
-        found[name] = [replace(r, source=name, group=r.group + offset) for r in rollouts]
-        offset += len(prompts)
-    return found
+def teacher_samples(supply: "Supply", source: TeacherSamples, prompts: Prompts) -> list[Rollout]:
+    """A teacher's kept responses, one per prompt. They end with the student's EOS, whichever the teacher uses."""
+    teacher, own = supply.teachers[source.teacher], supply.how.eos_ids or supply.student.eos_ids
+    ends = tuple(sorted({*own, *teacher.eos_ids}))
+    how = replace(supply.how, group=1, temperature=source.temperature, top_p=1.0, top_k=0, eos_ids=ends)
+    if source not in supply.stores:
+        supply.stores[source] = open_store(teacher, how, supply.seed)
+    asked = supply.prompts_of(teacher, prompts)
+    rollouts = []
+    for group, response in enumerate(respond(teacher, asked, how, supply.seed, supply.stores[source])):
+        problem, prompt_ids = prompts[group]
+        foreign = response.finish == "stop" and response.ids[-1] not in own
+        ids = (*response.ids[:-1], own[0]) if foreign else response.ids
+        rollouts.append(Rollout(problem, prompt_ids, ids, response.text, group, response.finish))
+    return rollouts
+
+
+@dataclass(frozen=True)
+class Request:
+    """What one step asks of one source: its prompts with their random-number keys.
+
+    `replayed` answers a Replay source: `how.group` rollouts for each prompt; empty = the student samples afresh.
+    """
+
+    source: Source
+    prompts: Prompts
+    keys: Sequence[str]
+    replayed: Sequence[Rollout] = ()
+
+
+@dataclass(frozen=True)
+class Supply:
+    """What rollout sources draw on throughout a run."""
+
+    student: LanguageModel
+    teachers: Mapping[str, LanguageModel]
+    task: Task
+    how: Sampling
+    keep: Keep
+    seed: int  # the run's: a teacher's responses do not depend on the step
+    read: Read = lambda lm, rollouts: rollouts
+    stores: dict[TeacherSamples, ResponseStore] = field(default_factory=dict)  # opened when first asked for
+
+    def roll_out(self, requests: Mapping[str, Request], version: int) -> dict[str, list[Rollout]]:
+        """Rollouts of every source; groups are numbered through, so that no two sources share one.
+
+        `version` counts the optimiser steps that the student has behind it.
+        """
+        found, offset = {}, 0
+        for name, request in requests.items():
+            rollouts = self._rollouts(request, version)
+            found[name] = [replace(r, source=name, group=r.group + offset) for r in rollouts]
+            offset += len(request.prompts)
+        return found
+
+    def _rollouts(self, request: Request, version: int) -> list[Rollout]:
+        source, prompts = request.source, request.prompts
+        if isinstance(source, Dataset):
+            return from_dataset(self.student, self.task, prompts, self.how)
+        if isinstance(source, TeacherSamples):
+            return teacher_samples(self, source, prompts)
+        if request.replayed:
+            return [replace(r, group=i // self.how.group) for i, r in enumerate(request.replayed)]
+        mixture = None
+        if isinstance(source, OnPolicy) and source.mixed_with is not None:
+            teacher = self.teachers[source.mixed_with]
+            mixture = Mixture(teacher, source.mix, self.prompts_of(teacher, prompts))
+        return on_policy(self.student, prompts, self.how, 0, self.keep, version, request.keys, mixture)
+
+    def prompts_of(self, lm: LanguageModel, prompts: Prompts) -> list[tuple[int, ...]]:
+        """The prompts as a model reads them."""
+        empty = [Rollout(problem, ids, (), "", group, "") for group, (problem, ids) in enumerate(prompts)]
+        return [r.prompt_ids for r in self.read(lm, empty)]

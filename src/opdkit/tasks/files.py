@@ -4,13 +4,15 @@ Left out: CSV and plain JSON (convert them, or use kind `dataset`), and files th
 """
 
 import json
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from opdkit.config import TaskConfig
 from opdkit.errors import DataError
+from opdkit.tasks.formats import layout_of
 from opdkit.tasks.problem import Problem, Task
-from opdkit.tasks.rows import Row, column_paths, hold_out, problems_from_rows, separate
+from opdkit.tasks.rows import Row, hold_out, problems_from_rows, separate
 
 
 def file_task(config: TaskConfig) -> Task:
@@ -33,6 +35,7 @@ def read_problems(path: Path, config: TaskConfig) -> list[Problem]:
     if not path.is_file():
         what = "is a folder (kind: dataset reads folders)" if path.is_dir() else "does not exist"
         raise DataError(f"'{path}' {what}; give the path of a .jsonl or .parquet file")
+    rows: Iterable[Row]
     rows, columns = readers[path.suffix.lower()](path, config)
     return problems_from_rows(rows, columns, config, path.name)
 
@@ -58,16 +61,26 @@ def _read_jsonl(path: Path, config: TaskConfig) -> tuple[list[Row], list[str]]:
     return rows, list(columns)
 
 
-def _read_parquet(path: Path, config: TaskConfig) -> tuple[list[Row], list[str]]:
+def _read_parquet(path: Path, config: TaskConfig) -> tuple[Iterator[Row], list[str]]:
     import pyarrow.lib
     import pyarrow.parquet
 
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            columns = file.schema_arrow.names
-            wanted = set(column_paths(config).values())
-            heads = [name for name in columns if name in wanted or name in {path.split(".")[0] for path in wanted}]
-            table = file.read(columns=heads)
+            columns = list(file.schema_arrow.names)
     except (pyarrow.lib.ArrowInvalid, OSError) as error:
         raise DataError(f"'{path}' cannot be read as parquet: {error}") from error
-    return list(enumerate(table.to_pylist(), 1)), list(columns)
+    return enumerate(_parquet_rows(path, layout_of(config).heads(columns)), 1), columns
+
+
+def _parquet_rows(path: Path, columns: list[str]) -> Iterator[dict[str, Any]]:
+    """Rows one batch after the other: a million of them as Python objects would not fit beside a model."""
+    import pyarrow.lib
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=1024, columns=columns):
+                yield from batch.to_pylist()
+    except (pyarrow.lib.ArrowInvalid, OSError) as error:
+        raise DataError(f"'{path}' cannot be read as parquet: {error}") from error

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from opdkit.config import TaskConfig
 from opdkit.errors import DataError, RecipeError
+from opdkit.tasks.formats import layout_of
 from opdkit.tasks.problem import Problem, Task
-from opdkit.tasks.rows import column_paths, hold_out, problems_from_rows, separate
+from opdkit.tasks.rows import hold_out, problems_from_rows, separate
 
 if TYPE_CHECKING:
     import datasets
@@ -36,9 +37,7 @@ def dataset_task(config: TaskConfig) -> Task:
 def _read(config: TaskConfig, split: str) -> list[Problem]:
     data = _saved(config, split) if _is_saved(str(config.path)) else _load(config, split)
     columns = list(data.column_names)
-    paths = column_paths(config).values()
-    wanted = {path for path in paths if path in columns} | {path.split(".")[0] for path in paths}
-    rows: Any = data.select_columns([name for name in columns if name in wanted])  # images and audio stay undecoded
+    rows: Any = data.select_columns(layout_of(config).heads(columns))  # images and audio stay undecoded
     return problems_from_rows(enumerate(rows, 1), columns, config, f"{Path(str(config.path)).name}[{split}]")
 
 

@@ -13,8 +13,8 @@ from opdkit.tasks.problem import Problem, Task, Verifier
 _NO_EFFECT = {
     "file": ("name", "split", "eval_split", "settings"),
     "dataset": ("eval_path", "settings"),
-    "reasoning_gym": ("path", "eval_path", "split", "eval_split", "columns"),
-    "testbed": ("path", "eval_path", "split", "eval_split", "columns"),
+    "reasoning_gym": ("path", "eval_path", "split", "eval_split", "columns", "format"),
+    "testbed": ("path", "eval_path", "split", "eval_split", "columns", "format"),
 }
 
 
@@ -25,7 +25,7 @@ def load_task(config: TaskConfig) -> Task:
     """
     check_settings(config)
     task = _source(config)
-    return replace(task, verify=_verifier(task, config))
+    return replace(task, verify=_verifier(task, config), config=config)
 
 
 def check_settings(config: TaskConfig) -> None:
@@ -42,6 +42,10 @@ def check_settings(config: TaskConfig) -> None:
         raise RecipeError(f"task.kind '{config.kind}' needs task.{needs}")
     if config.template == "plain" and config.system is not None:
         raise RecipeError("task.system has no effect with task.template 'plain'; remove it or put it into the prompts")
+    if config.template == "plain" and config.template_args:
+        raise RecipeError(
+            f"task.template_args = {config.template_args} has no effect with task.template 'plain'; remove it"
+        )
 
 
 def _source(config: TaskConfig) -> Task:

@@ -5,6 +5,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar, overload
 
+from opdkit.config import TaskConfig
+
 T = TypeVar("T")
 
 Message = Mapping[str, Any]  # {"role": ..., "content": ...}, as chat templates read it
@@ -56,8 +58,8 @@ class LazySequence(Sequence[T]):
 class Task:
     """Training and held-out problems with one verifier; `train` and `eval` share no prompt.
 
-    `target` gives the dataset response of a problem (with scratchpad) where the task has one, for SFT and off-policy
-    rollouts; None means that `Problem.answer` is the response.
+    The dataset response of a problem is `Problem.response`, else what `target` writes (with scratchpad), else
+    `Problem.answer`. `config` says through which template it is rendered.
     """
 
     name: str
@@ -65,3 +67,4 @@ class Task:
     eval: Sequence[Problem]
     verify: Verifier | None = None
     target: Callable[[Problem], str] | None = None
+    config: TaskConfig = TaskConfig(kind="file")

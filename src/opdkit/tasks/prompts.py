@@ -1,23 +1,26 @@
 """From problems to prompt token ids, with every limit checked before a model runs.
 
-Left out: padding and batching (the sampler's work), images, and tool schemas.
+Left out: padding and batching (the sampler's work), images, and responses (`turns`).
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, cast, overload
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, cast
 
 from transformers import PreTrainedTokenizerBase
 
 from opdkit.config import TaskConfig
 from opdkit.errors import DataError, ModelError, RecipeError
-from opdkit.tasks.problem import Problem
+from opdkit.tasks.messages import prompt_messages
+from opdkit.tasks.problem import LazySequence, Message, Problem
 
-_PROBE = 16
+PROBE = 16  # problems that are looked at where all of them would take too long
+_OURS = ("messages", "tools", "add_generation_prompt")
+_NO_ARGS: Mapping[str, Any] = {}
 
 
 @dataclass(frozen=True)
-class EncodedProblems(Sequence[tuple[Problem, tuple[int, ...]]]):
+class EncodedProblems(LazySequence[tuple[Problem, tuple[int, ...]]]):
     """Problems with their prompt ids, encoded when they are read; `dropped` prompts were over the limit."""
 
     problems: Sequence[Problem]
@@ -30,15 +33,7 @@ class EncodedProblems(Sequence[tuple[Problem, tuple[int, ...]]]):
     def __len__(self) -> int:
         return len(self.problems)
 
-    @overload
-    def __getitem__(self, index: int) -> tuple[Problem, tuple[int, ...]]: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[tuple[Problem, tuple[int, ...]]]: ...
-    def __getitem__(
-        self, index: int | slice
-    ) -> tuple[Problem, tuple[int, ...]] | list[tuple[Problem, tuple[int, ...]]]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
+    def item(self, index: int) -> tuple[Problem, tuple[int, ...]]:
         problem = self.problems[index]
         ids = self.encode(problem)
         if len(ids) > self.config.max_prompt_tokens:
@@ -54,7 +49,8 @@ class EncodedProblems(Sequence[tuple[Problem, tuple[int, ...]]]):
 
     def encode(self, problem: Problem) -> tuple[int, ...]:
         """Prompt ids that leave room in the context, or that are over task.max_prompt_tokens anyway."""
-        ids = encode_prompt(self.tokenizer, problem, self.config.template, self.config.system)
+        config = self.config
+        ids = encode_prompt(self.tokenizer, problem, config.template, config.system, config.template_args)
         room = self.context_length - self.max_new_tokens
         if room < len(ids) <= self.config.max_prompt_tokens:
             raise DataError(
@@ -77,7 +73,8 @@ def encode_problems(
 
     A list or tuple of problems is checked whole; of a generated sequence the first 16, the others when they are read,
     unless task.overlong is `drop`. Raises DataError for an unusable prompt or when none is left, RecipeError when
-    max_new_tokens alone fills the context, ModelError when there is no chat template.
+    max_new_tokens alone fills the context or an entry of task.template_args has no effect, ModelError when there is no
+    chat template.
     """
     if max_new_tokens >= context_length:
         raise RecipeError(
@@ -86,9 +83,13 @@ def encode_problems(
         )
     if not problems:
         raise DataError("an empty data set: there is no problem to encode")
+    if config.template == "chat":
+        listed = problems if isinstance(problems, list | tuple) else ()
+        probe = [*problems[:PROBE], *[problem for problem in listed if problem.tools][:1]]
+        check_template(tokenizer, probe, config.system, config.template_args, "task.template_args")
     encoded = EncodedProblems(problems, tokenizer, config, context_length, max_new_tokens)
     if config.overlong == "error":
-        for index in range(len(problems) if isinstance(problems, list | tuple) else min(_PROBE, len(problems))):
+        for index in range(len(problems) if isinstance(problems, list | tuple) else min(PROBE, len(problems))):
             _ = encoded[index]
         return encoded
     kept = [problem for problem in problems if encoded.fits(problem)]
@@ -101,7 +102,11 @@ def encode_problems(
 
 
 def encode_prompt(
-    tokenizer: PreTrainedTokenizerBase, problem: Problem, template: Literal["chat", "plain"], system: str | None
+    tokenizer: PreTrainedTokenizerBase,
+    problem: Problem,
+    template: Literal["chat", "plain"],
+    system: str | None,
+    template_args: Mapping[str, Any] = _NO_ARGS,
 ) -> tuple[int, ...]:
     """Token ids of a prompt, ready for the response to follow.
 
@@ -111,13 +116,29 @@ def encode_prompt(
     """
     if isinstance(problem.prompt, str) and not problem.prompt.strip():
         raise DataError(f"prompt of problem {problem.id} is empty; give it a text")
-    ids = _chat_ids(tokenizer, problem, system) if template == "chat" else _plain_ids(tokenizer, problem)
+    if template == "chat":
+        messages = prompt_messages(problem, system)
+        ids = token_ids(tokenizer, render(tokenizer, problem, messages, template_args, generation=True))
+    else:
+        ids = _plain_ids(tokenizer, problem)
     if not ids:
         raise DataError(f"prompt of problem {problem.id} has no tokens: the tokenizer drops all of its text")
     return tuple(ids)
 
 
-def _chat_ids(tokenizer: PreTrainedTokenizerBase, problem: Problem, system: str | None) -> list[int]:
+def render(
+    tokenizer: PreTrainedTokenizerBase,
+    problem: Problem,
+    messages: Sequence[Message],
+    template_args: Mapping[str, Any],
+    *,
+    generation: bool,
+) -> str:
+    """The text of messages through the chat template, with the problem's tools.
+
+    `generation` ends it with what precedes a response. Raises ModelError without a chat template, DataError for messages
+    that the template refuses.
+    """
     import jinja2
 
     if not tokenizer.chat_template:
@@ -125,21 +146,75 @@ def _chat_ids(tokenizer: PreTrainedTokenizerBase, problem: Problem, system: str 
             f"the tokenizer of '{tokenizer.name_or_path}' has no chat template; set task.template: plain (raw text), "
             "or use a model whose tokenizer has one"
         )
-    if isinstance(problem.prompt, str):
-        messages: list[dict[str, Any]] = [{"role": "user", "content": problem.prompt}]
-    else:
-        messages = [dict(message) for message in problem.prompt]
-    text = problem.system if problem.system is not None else system
-    if text is not None and (not messages or messages[0].get("role") != "system"):
-        messages.insert(0, {"role": "system", "content": text})
+    tools: Any = None if problem.tools is None else [dict(tool) for tool in problem.tools]
+    shown = [dict(message) for message in messages]
     try:
-        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        text = tokenizer.apply_chat_template(
+            shown, tools=tools, add_generation_prompt=generation, tokenize=False, **template_args
+        )
     except (jinja2.TemplateError, TypeError, KeyError) as error:  # templates refuse roles and contents in these ways
         raise DataError(
-            f"the chat template of '{tokenizer.name_or_path}' refuses the prompt of problem {problem.id} "
+            f"the chat template of '{tokenizer.name_or_path}' refuses the messages of problem {problem.id} "
             f"({type(error).__name__}: {error}); roles: {', '.join(str(message.get('role')) for message in messages)}"
         ) from error
-    return cast(list[int], ids)
+    return cast(str, text)
+
+
+def token_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Ids of a rendered text: the template has written the special tokens, so the tokenizer adds none."""
+    return cast(list[int], tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def check_template(
+    tokenizer: PreTrainedTokenizerBase,
+    problems: Sequence[Problem],
+    system: str | None,
+    template_args: Mapping[str, Any],
+    where: str,
+) -> None:
+    """Raise where the chat template ignores what it is given, judged by its text for these problems.
+
+    RecipeError for an entry of `template_args` (called `where`): the text is the same without it, and for a boolean also
+    with the opposite. DataError for tools that the template does not show.
+    """
+    for name in template_args:
+        if name in _OURS:
+            raise RecipeError(f"{where}.{name} cannot be set: it comes from the data")
+
+    def texts(args: Mapping[str, Any]) -> list[str]:
+        found = []
+        for problem in problems:
+            messages = prompt_messages(problem, system)
+            found.append(render(tokenizer, problem, messages, args, generation=True))
+            if isinstance(problem.response, tuple):  # some arguments are about the history only
+                found.append(render(tokenizer, problem, [*messages, *problem.response], args, generation=False))
+        return found
+
+    for name, value in template_args.items():
+        without = texts({key: other for key, other in template_args.items() if key != name})
+        tried = [value, not value] if isinstance(value, bool) else [value]  # a default may be spelled out
+        if all(texts({**template_args, name: one}) == without for one in tried):
+            raise RecipeError(
+                f"{where}.{name} = {value!r} has no effect: the chat template of '{tokenizer.name_or_path}' gives the same "
+                "text without it; remove it, or correct its name or value"
+            )
+    if (asked := next((problem for problem in problems if problem.tools), None)) is not None:
+        _check_tools(tokenizer, asked, system, template_args)
+
+
+def _check_tools(
+    tokenizer: PreTrainedTokenizerBase, problem: Problem, system: str | None, template_args: Mapping[str, Any]
+) -> None:
+    messages = prompt_messages(problem, system)
+    shown, bare = (
+        render(tokenizer, one, messages, template_args, generation=True)
+        for one in (problem, replace(problem, tools=None))
+    )
+    if shown == bare:
+        raise DataError(
+            f"the chat template of '{tokenizer.name_or_path}' does not show the tools of problem {problem.id}; use a model "
+            "whose template has tools, or describe them in the prompt and leave the column out"
+        )
 
 
 def _plain_ids(tokenizer: PreTrainedTokenizerBase, problem: Problem) -> list[int]:
@@ -149,6 +224,8 @@ def _plain_ids(tokenizer: PreTrainedTokenizerBase, problem: Problem) -> list[int
         raise DataError(
             f"problem {problem.id} has a system prompt, which task.template 'plain' would ignore; remove one"
         )
+    if problem.tools is not None:
+        raise DataError(f"problem {problem.id} has tools, which task.template 'plain' would ignore; remove the column")
     ids = tokenizer.encode(problem.prompt)
     ends = tokenizer.eos_token_id is not None and ids[-1:] == [tokenizer.eos_token_id]
     # Some tokenizers close every text with EOS; a response cannot follow it.

@@ -1,33 +1,23 @@
-"""From rows of a file or data set to problems: columns, types, and the split into training and held-out problems.
+"""From rows of a file or data set to problems: types, repeated rows, and the split into training and held-out problems.
 
-Left out: reading the rows (`files`, `hub`) and tokens (`prompts`).
+Left out: reading the rows (`files`, `hub`), their layouts (`formats`) and tokens (`prompts`).
 """
 
 import json
 import logging
 import random
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
-from opdkit.config import TaskConfig, nearest
-from opdkit.errors import DataError, RecipeError
-from opdkit.tasks.problem import Message, Problem
-
-COLUMNS = ("prompt", "answer", "response", "domain", "system", "tools", "id")
-_OFTEN_PROMPT = ("question", "problem", "messages", "instruction", "query", "input", "text")
+from opdkit.config import TaskConfig
+from opdkit.errors import DataError
+from opdkit.tasks.formats import Column, layout_of
+from opdkit.tasks.messages import read_prompt, read_response, read_tools, show
+from opdkit.tasks.problem import Problem
 
 Row = tuple[int, Mapping[str, Any]]  # number in its source from 1 (a file's line, where lines exist), and its columns
 logger = logging.getLogger("opdkit")
-
-
-def column_paths(config: TaskConfig) -> dict[str, str]:
-    """Our column name -> the source's, for all five. Raises RecipeError for a name that is not ours."""
-    for name in config.columns:
-        if name not in COLUMNS:
-            raise RecipeError(
-                f"task.columns: unknown column '{name}'{nearest(name, COLUMNS)} (ours: the source's name)"
-            )
-    return {name: config.columns.get(name, name) for name in COLUMNS}
 
 
 def problems_from_rows(rows: Iterable[Row], columns: Sequence[str], config: TaskConfig, where: str) -> list[Problem]:
@@ -35,12 +25,29 @@ def problems_from_rows(rows: Iterable[Row], columns: Sequence[str], config: Task
 
     Raises DataError for no rows, a missing column, a wrong type or an empty prompt; RecipeError for wrong task.columns.
     """
-    paths = _known_paths(columns, config, where)
-    problems = [_problem(row, paths, f"{where}, row {number}", f"{where}:{number}") for number, row in rows]
+    layout = layout_of(config)
+    known = layout.present(columns, list(config.columns), where)
+    problems: list[Problem] = []
+    ids: set[str] = set()
+    prompts: set[str] = set()
+    repeated = 0
+    for number, row in rows:
+        problem = _problem(row, known, layout.metadata, f"{where}, row {number}", f"{where}:{number}")
+        if layout.distinct:
+            if (key := prompt_key(problem)) in prompts:
+                repeated += 1
+                continue
+            prompts.add(key)
+        if problem.id in ids:  # evaluation averages over the responses to one id
+            problem = replace(problem, id=f"{problem.id}@{number}")
+        ids.add(problem.id)
+        problems.append(problem)
     if not problems:
         raise DataError(
             f"{where} has no rows: an empty data set; task needs at least one training and one held-out row"
         )
+    if repeated:
+        logger.warning("%s: %d prompts; %d rows that repeat one are left out", where, len(problems), repeated)
     return problems
 
 
@@ -108,28 +115,16 @@ def _choose(problems: Sequence[Problem], size: int, seed: int) -> list[Problem]:
     return [problems[i] for i in sorted(random.Random(seed).sample(range(len(problems)), size))]
 
 
-def _known_paths(columns: Sequence[str], config: TaskConfig, where: str) -> dict[str, str]:
-    paths = column_paths(config)
-    known = {name: path for name, path in paths.items() if path in columns or path.split(".")[0] in columns}
-    listed = ", ".join(columns) or "none"
-    for name in config.columns:
-        if name not in known:
-            raise DataError(
-                f"{where} has no column '{paths[name]}' (task.columns.{name}){nearest(paths[name], columns)}"
-            )
-    if columns and "prompt" not in known:
-        guess = next((column for column in _OFTEN_PROMPT if column in columns), None)
-        fix = f"task.columns: {{prompt: {guess or 'NAME'}}}"
-        raise DataError(f"{where} has no column 'prompt' (its columns: {listed}); say which one holds it, as in {fix}")
-    return known
-
-
-def _problem(row: Mapping[str, Any], paths: Mapping[str, str], where: str, default_id: str) -> Problem:
-    values = {name: _lookup(row, path) for name, path in paths.items()}
-    if values["prompt"] is None:
-        raise DataError(f"{where}: '{paths['prompt']}' (prompt) is missing; give a string or a list of messages")
-    text = {name: _text(values.get(name), f"{where}: '{paths.get(name)}' ({name})") for name in COLUMNS[1:]}
-    prompt = _prompt(values["prompt"], f"{where}: '{paths['prompt']}' (prompt)")
+def _problem(
+    row: Mapping[str, Any], known: Mapping[str, Column], metadata: Sequence[str], where: str, default_id: str
+) -> Problem:
+    values = {name: column.value(row, where, name) for name, column in known.items()}
+    at = {name: f"{where}: '{column.path}' ({name})" for name, column in known.items()}
+    text = {name: _text(values.get(name), at.get(name, where)) for name in ("answer", "domain", "system", "id")}
+    prompt, written = read_prompt(values["prompt"], at["prompt"])
+    response = read_response(values.get("response"), at.get("response", where))
+    if written is not None and response is not None:
+        raise DataError(f"{at['prompt']} ends with the assistant's turn and the row has a response column; keep one")
     if text["system"] is not None and not isinstance(prompt, str) and prompt[0]["role"] == "system":
         raise DataError(f"{where}: the messages start with a system message and the row has a system column; keep one")
     return Problem(
@@ -138,19 +133,10 @@ def _problem(row: Mapping[str, Any], paths: Mapping[str, str], where: str, defau
         answer=text["answer"],
         domain="default" if text["domain"] is None else text["domain"],
         system=text["system"],
+        response=written if written is not None else response,
+        tools=read_tools(values.get("tools"), at.get("tools", where)),
+        metadata={name: row[name] for name in metadata if row.get(name) is not None},
     )
-
-
-def _lookup(row: Mapping[str, Any], path: str) -> Any:
-    """A column by its name, or by a dotted path into nested ones (`reward_model.ground_truth`)."""
-    if path in row:
-        return row[path]
-    value: Any = row
-    for part in path.split("."):
-        if not isinstance(value, Mapping):
-            return None
-        value = value.get(part)
-    return value
 
 
 def _text(value: Any, where: str) -> str | None:
@@ -158,30 +144,4 @@ def _text(value: Any, where: str) -> str | None:
         return value
     if isinstance(value, int | float) and not isinstance(value, bool):  # answers and ids are often plain numbers
         return str(value)
-    raise DataError(f"{where} is {_show(value)}, expected a string or a number")
-
-
-def _prompt(value: Any, where: str) -> str | tuple[Message, ...]:
-    if isinstance(value, str):
-        if not value.strip():
-            raise DataError(f"{where} is empty; remove the row or give it a prompt")
-        return value
-    if not isinstance(value, list) or not value:
-        raise DataError(f"{where} is {_show(value)}, expected a string or a list of messages (role, content)")
-    messages = tuple(_messages(value, where))
-    if messages[-1]["role"] == "assistant":
-        raise DataError(f"{where} ends with an assistant message; end it with the message that the model answers")
-    return messages
-
-
-def _messages(value: list[Any], where: str) -> Iterator[Message]:
-    for number, message in enumerate(value, 1):
-        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str) or "content" not in message:
-            raise DataError(f"{where}: message {number} is {_show(message)}, expected a mapping with role and content")
-        # Parquet gives every message the keys of all of them; a template would print an absent one as None.
-        yield {key: item for key, item in message.items() if item is not None or key == "content"}
-
-
-def _show(value: Any) -> str:
-    shown = repr(value)
-    return f"{type(value).__name__} {shown if len(shown) <= 60 else shown[:57] + '...'}"
+    raise DataError(f"{where} is {show(value)}, expected a string or a number")

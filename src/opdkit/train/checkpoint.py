@@ -1,4 +1,4 @@
-"""Checkpoints: a folder that transformers can load, plus everything that a run needs to go on bit for bit.
+"""Checkpoints: a folder that transformers or peft can load, plus everything that a run needs to go on bit for bit.
 
 A checkpoint is complete or not there: all files go to a temporary folder that is renamed once they are on the disk.
 State is JSON and safetensors; nothing is ever unpickled. docs/checkpoints.md shows the layout.
@@ -27,11 +27,13 @@ from transformers.utils import logging as transformers_logging
 
 from opdkit import __version__
 from opdkit.errors import RunError
+from opdkit.lora import ADAPTER_CONFIG, adapter_weights, save_adapters
 from opdkit.train.run import Run, sync, writing
 from opdkit.train.state import pack, rng_state, set_rng_state, unpack
 
 __all__ = [
     "checkpoint_step",
+    "checkpoints",
     "latest_checkpoint",
     "load_checkpoint",
     "load_weights",
@@ -42,6 +44,7 @@ __all__ = [
     "unpack",
 ]
 
+Model = Any  # a PreTrainedModel, or a peft.PeftModel: only its adapters are stored. peft takes seconds to import
 FORMAT = 1
 STATE, TENSORS = "trainer/state.json", "trainer/tensors.safetensors"
 NAME = re.compile(r"step-(\d{6,})(\.old)?")  # .old: the folder that a second save of the same step replaces
@@ -50,7 +53,7 @@ NAME = re.compile(r"step-(\d{6,})(\.old)?")  # .old: the folder that a second sa
 def save_checkpoint(
     run: Run,
     step: int,
-    model: PreTrainedModel,
+    model: Model,
     tokenizer: PreTrainedTokenizerBase,
     trainer_state: dict[str, Any],
     *,
@@ -59,8 +62,8 @@ def save_checkpoint(
 ) -> Path:
     """Write run/checkpoints/step-NNNNNN, delete all but the `keep` newest, and return the new folder.
 
-    Parameters are stored in the dtype that they have; `weights` are the whole ones of a
-    sharded model. `trainer_state` is what `pack` accepts.
+    Parameters are stored in the dtype that they have; of a peft.PeftModel only the adapters, as peft stores them.
+    `weights` are the whole ones of a sharded model, `trainer_state` is what `pack` accepts.
     Raises RunError when the disk is full or the state cannot be stored; earlier checkpoints are then untouched.
     """
     assert keep >= 1, keep
@@ -76,7 +79,10 @@ def save_checkpoint(
             shutil.rmtree(stale)
         try:
             with _no_progress_bars():
-                model.save_pretrained(temporary, state_dict=weights)
+                if isinstance(model, PreTrainedModel):
+                    model.save_pretrained(temporary, state_dict=weights)
+                else:
+                    save_adapters(model, temporary, weights)
                 tokenizer.save_pretrained(temporary)
             _write_state(temporary, step, state, tensors)
             _move_into_place(temporary, final)
@@ -89,7 +95,12 @@ def save_checkpoint(
 
 def latest_checkpoint(run_folder: Path) -> Path | None:
     """The newest complete checkpoint of a run folder; half-written ones do not count."""
-    return next(iter(_checkpoints(run_folder / "checkpoints")), None)
+    return next(iter(checkpoints(run_folder)), None)
+
+
+def checkpoints(run_folder: Path) -> list[Path]:
+    """The complete checkpoints of a run folder, newest first."""
+    return _checkpoints(run_folder / "checkpoints")
 
 
 def checkpoint_step(path: Path) -> int:
@@ -115,14 +126,14 @@ def load_tensors(file: Path) -> dict[str, Tensor]:
         return {name: stored.get_tensor(name).clone() for name in stored.keys()}  # noqa: SIM118, not a mapping
 
 
-def load_weights(model: PreTrainedModel, path: Path) -> None:
-    """Put the weights of a checkpoint into a model of the same class, shapes and dtypes, bit for bit.
+def load_weights(model: Model, path: Path) -> None:
+    """Put the weights of a checkpoint into a model (or its adapters) of the same class, shapes and dtypes, bit for bit.
 
     Raises RunError when the checkpoint is damaged, or when a name, shape or dtype differs.
     """
     stored = _stored_weights(model, path)
-    targets = model.state_dict()
-    if not stored.keys() <= targets.keys():
+    targets = model.state_dict() if isinstance(model, PreTrainedModel) else adapter_weights(model)
+    if isinstance(model, PreTrainedModel) and not stored.keys() <= targets.keys():
         stored = _renamed(model, path, {value.dtype for value in stored.values()})
     for name, value in stored.items():
         if name not in targets or targets[name].shape != value.shape:
@@ -242,18 +253,22 @@ def _damaged(path: Path, problem: str) -> RunError:
     return RunError(f"checkpoint {path} cannot be used: {problem}; {way_out}")
 
 
-def _stored_weights(model: PreTrainedModel, path: Path) -> dict[str, Tensor]:
+def _stored_weights(model: Model, path: Path) -> dict[str, Tensor]:
     """The weights of a checkpoint by their stored names, mapped and not yet read; the class of `model` is checked."""
     _read_state(path)
+    adapter = (path / ADAPTER_CONFIG).is_file()
+    if adapter is isinstance(model, PreTrainedModel):
+        held, has = ("an adapter", "none") if adapter else ("a whole model", "an adapter")
+        raise _refused(path, f"it holds {held}, the student has {has}; use the `lora` of this run")
     stored: dict[str, Tensor] = {}
     try:
         for file in sorted(path.glob("*.safetensors")):
             with safe_open(file, framework="pt") as weights:
                 stored |= {name: weights.get_tensor(name) for name in weights.keys()}  # noqa: SIM118, not a mapping
-        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        config = {} if adapter else json.loads((path / "config.json").read_text(encoding="utf-8"))
     except (SafetensorError, OSError, ValueError) as error:
         raise _damaged(path, str(error)) from error
-    if type(model).__name__ not in config["architectures"]:
+    if not adapter and type(model).__name__ not in config["architectures"]:
         raise _refused(path, f"it holds a {config['architectures'][0]}, the student is a {type(model).__name__}")
     return stored
 

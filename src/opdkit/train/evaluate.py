@@ -9,6 +9,7 @@ import torch
 
 from opdkit.config import Recipe, load_recipe
 from opdkit.errors import RunError
+from opdkit.lora import BASE
 from opdkit.metrics import averages, avg_at_k, rollout_metrics, sequence_totals, summed, token_mean_with_error
 from opdkit.models import LanguageModel
 from opdkit.rewards.verify import verify_rollouts
@@ -38,8 +39,9 @@ def evaluate(setup: Setup, lm: LanguageModel, step: int) -> dict[str, Any]:
     record: dict[str, Any] = {"step": step, "who": lm.name, "problems": len(setup.eval), "samples": e.samples}
     if setup.task.verify is not None:
         seed = derive_seed(setup.recipe.seed, "eval")
-        with whole(lm):
-            rollouts = verify_rollouts(setup.task, sample_mine(setup, lm, setup.eval, how, seed))
+        with whole(lm), setup.autocast():
+            rollouts = sample_mine(setup, lm, setup.eval, how, seed)
+        rollouts = verify_rollouts(setup.task, rollouts)
         judged: dict[str, list[bool]] = defaultdict(list)
         for problem, correct in setup.processes.gather([(r.problem.id, bool(r.correct)) for r in rollouts]):
             judged[problem].append(correct)
@@ -57,7 +59,7 @@ def held_out_kl(setup: Setup, lm: LanguageModel) -> dict[str, float]:
     prompts = setup.eval[: setup.recipe.eval.kl_prompts]
     seed = derive_seed(setup.recipe.seed, "kl")
     found: dict[str, float] = {}
-    with whole(lm):
+    with whole(lm), setup.autocast():
         how = replace(setup.sampling, group=1)
         rollouts = sample_mine(setup, lm, prompts, how, seed, Keep(1, hidden=True))
         step = flatten(rollouts, device=lm.device, head=lm.head()) if rollouts else None
@@ -103,7 +105,8 @@ def evaluate_run(target: str, overrides: list[str]) -> str:
         newest = latest_checkpoint(folder)
         if newest is None:
             raise RunError(f"{target} has no complete checkpoint to evaluate; train it first, or give a recipe")
-        recipe = load_recipe(str(folder / "recipe.yaml"), [f"student.path={newest}", *overrides])
+        untrained = bases(load_recipe(str(folder / "recipe.yaml")))
+        recipe = load_recipe(str(folder / "recipe.yaml"), [f"student.path={newest}", *untrained, *overrides])
     elif folder.is_dir():
         raise RunError(f"{target} is not a run (it has no recipe.yaml); give a run folder or a recipe")
     else:
@@ -112,6 +115,16 @@ def evaluate_run(target: str, overrides: list[str]) -> str:
     models = [setup.student, *(setup.teachers.values() if recipe.eval.teacher else ())]
     return "\n".join([f"task {setup.task.name}, {len(setup.eval)} held-out problems, {recipe.eval.samples} samples each"]
                      + [summary(evaluate(setup, lm, 0), lm.path) for lm in models])  # fmt: skip
+
+
+def bases(recipe: Recipe) -> list[str]:
+    """Overrides that keep `student:base` teachers what they were when `student.path` becomes a checkpoint.
+
+    A stored adapter knows its base; whole weights do not, so the teachers get the path that the student had.
+    """
+    names = [name for name, config in recipe.teachers.items() if config.path == BASE and recipe.lora is None]
+    kept = {key: getattr(recipe.student, key) for key in ("path", "dtype", "attn", "quantize")}
+    return [f"teachers.{name}.{key}={value}" for name in names for key, value in kept.items()]
 
 
 def summary(record: dict[str, Any], path: str = "") -> str:

@@ -17,22 +17,19 @@ import torch
 from opdkit.config import Recipe
 from opdkit.errors import NonFiniteError
 from opdkit.metrics import Clock, averages, peak_memory_mb, step_metrics, summed
-from opdkit.rewards.verify import verify_rollouts
 from opdkit.rollouts.flatten import flatten
 from opdkit.rollouts.rollout import Rollout
-from opdkit.rollouts.sampler import prompt_keys
-from opdkit.rollouts.sources import roll_out
 from opdkit.step import Scores, Step
 from opdkit.support import Full, Sampled
 from opdkit.train.checkpoint import latest_checkpoint, load_checkpoint, load_weights, save_checkpoint
-from opdkit.train.data import PromptOrder
 from opdkit.train.evaluate import evaluate, summary
 from opdkit.train.optimise import Optimiser
 from opdkit.train.progress import Progress
 from opdkit.train.record import run_information, save_batch, save_rollouts
+from opdkit.train.rolling import Rolling
 from opdkit.train.run import Run
-from opdkit.train.setup import Setup, derive_seed, describe, set_up, split_prompts
-from opdkit.train.sharding import gathered, is_sharded, shard, whole
+from opdkit.train.setup import Setup, derive_seed, describe, set_up
+from opdkit.train.sharding import shard, whole, whole_weights
 from opdkit.train.state import rng_state, set_rng_state
 from opdkit.train.trackers import Trackers
 from opdkit.train.update import Stream, coefficients, expected_batches, losses, parts, plan, streams
@@ -56,16 +53,16 @@ def train(recipe: Recipe, *, resume: bool = False) -> Path:
         newest = everyone.share(latest_checkpoint(run.path) if resume else None)
         saved = load_checkpoint(newest) if newest else None
         if newest:
-            load_weights(student.model, newest)
+            load_weights(student.saved, newest)
         if r.train.sharding == "fsdp2":
             shard(student, everyone)
         optimiser = Optimiser(r, student, everyone)
-        order = PromptOrder(len(setup.train), r.seed)
+        rolling = Rolling(setup)
         state = {hook.name: hook.init() for hook in method.after_update}
         torch.manual_seed(derive_seed(r.seed, "torch"))
         start = 0
         if saved:
-            start, order, state = restore(setup, optimiser, saved)
+            start, state = restore(optimiser, rolling, saved)
         began, before = datetime.now(UTC), float(run.info.get("seconds") or 0.0) if start else 0.0
         run.begin(start, finished=None, **run_information(setup))
         stop = StopSignal()
@@ -81,7 +78,7 @@ def train(recipe: Recipe, *, resume: bool = False) -> Path:
                 clock = Clock()
                 with whole(student):
                     with clock("sample"):
-                        rollouts = sample_step(setup, order, step)
+                        rollouts = rolling.step(step)
                     with clock("score"), keep_batch(run, step, rollouts):
                         steps = {name: make_step(setup, name, rollouts[name], step, state) for name in rollouts}
                         found = streams(method, steps)
@@ -102,7 +99,7 @@ def train(recipe: Recipe, *, resume: bool = False) -> Path:
                     trackers.evaluation(record := evaluate(setup, student, step))
                     progress.say(f"step {step}: {summary(record)}")
                 if last or (r.train.checkpoint_every and step % r.train.checkpoint_every == 0):
-                    checkpoint(setup, run, optimiser, step, order, state)
+                    checkpoint(setup, run, optimiser, rolling, step, state)
                     run.update(step=step, seconds=before + (datetime.now(UTC) - began).total_seconds())
                 if stopping:
                     progress.say(f"stopped after step {step}, saved in {run.path}; go on with --resume")
@@ -125,29 +122,6 @@ def open_run(setup: Setup, resume: bool) -> Run:
     return Run.follow(recipe.output, recipe, everyone.share({}))
 
 
-def sample_step(setup: Setup, order: PromptOrder, step: int) -> dict[str, list[Rollout]]:
-    """Draw the step's prompts, roll out this process's part of them, run the method's prepare steps and verify."""
-    r, method, everyone = setup.recipe, setup.method, setup.processes
-    seed = derive_seed(r.seed, "sample", step)
-    sources: dict[str, Any] = {}
-    numbers: list[int] = []  # of this process's prompts among all prompts of the step
-    offset = 0
-    for name, count in split_prompts(method, r.train.prompts_per_step).items():
-        prompts = [setup.train[i] for i in order.take(count)]
-        keys = prompt_keys([ids for _, ids in prompts], seed)
-        sources[name] = (method.rollouts[name], everyone.mine(prompts), everyone.mine(keys))
-        numbers += everyone.mine(range(offset, offset + count))
-        offset += count
-    with setup.accelerator.autocast():
-        found = roll_out(sources, setup.student, setup.task, setup.sampling, setup.keep, seed, step - 1)
-    for name, rollouts in found.items():
-        verified = verify_rollouts(setup.task, rollouts) if name == "policy" else rollouts
-        for prepare in method.prepare:
-            verified = prepare(verified)
-        found[name] = [replace(r, group=numbers[r.group]) for r in verified]
-    return found
-
-
 @torch.no_grad()
 def make_step(setup: Setup, source: str, rollouts: list[Rollout], step: int, state: Mapping[str, Any]) -> Step:
     """Flatten one source's rollouts and score every view on them."""
@@ -162,7 +136,7 @@ def make_step(setup: Setup, source: str, rollouts: list[Rollout], step: int, sta
     )
     budget, k = r.train.score_tokens, min(r.log.top_k, student.head().size)
     views: dict[str, Scores] = dict(flat.views)
-    with setup.accelerator.autocast():
+    with setup.autocast():
         missing = "student" not in views and setup.method.reads_student(source)
         if missing or (r.sampling.rescore and "student" in views):
             support = Full() if setup.needs_student_head else Sampled()
@@ -189,7 +163,7 @@ def update(
             coefs = coefficients(found, steps, part, everyone, t.reduction)
             batches = plan(rollouts, steps, found, coefs, part, t.microbatch_tokens)
             expected = expected_batches(model, batches, everyone)
-            with setup.accelerator.autocast():
+            with setup.autocast():
                 numbers.append(optimiser.step(losses(model, batches, expected, t.head_chunk), expected))
     model.model.eval()
     mean = {key: sum(n[key] for n in numbers) / len(numbers) for key in numbers[0]}
@@ -209,23 +183,23 @@ def measure(setup: Setup, rollouts: Mapping[str, list[Rollout]], steps: Mapping[
 
 
 def checkpoint(
-    setup: Setup, run: Run, optimiser: Optimiser, step: int, order: PromptOrder, state: dict[str, Any]
+    setup: Setup, run: Run, optimiser: Optimiser, rolling: Rolling, step: int, state: dict[str, Any]
 ) -> None:
     """Save the student and everything that the next step depends on; the main process writes."""
-    trainer = optimiser.state() | {"step": step, "rng": rng_state(), "order": order.state(), "method": state}
-    weights = gathered(setup.student.model.state_dict()) if is_sharded(setup.student) else None
+    trainer = optimiser.state() | rolling.state() | {"step": step, "rng": rng_state(), "method": state}
+    weights = whole_weights(setup.student)
     if setup.processes.main:
         keep = setup.recipe.train.keep_checkpoints
-        save_checkpoint(run, step, setup.student.model, setup.student.tokenizer, trainer, keep=keep, weights=weights)
+        save_checkpoint(run, step, setup.student.saved, setup.student.tokenizer, trainer, keep=keep, weights=weights)
     setup.processes.wait()
 
 
-def restore(setup: Setup, optimiser: Optimiser, saved: dict[str, Any]) -> tuple[int, PromptOrder, dict[str, Any]]:
-    """Put a checkpoint's state back. Returns (finished steps, prompt order, method state)."""
+def restore(optimiser: Optimiser, rolling: Rolling, saved: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+    """Put a checkpoint's state back. Returns (finished steps, method state)."""
     optimiser.restore(saved)
+    rolling.restore(saved)
     set_rng_state(saved["rng"])
-    order = PromptOrder.restore(len(setup.train), setup.recipe.seed, saved["order"])
-    return int(saved["step"]), order, dict(saved["method"])
+    return int(saved["step"]), dict(saved["method"])
 
 
 @contextmanager

@@ -27,7 +27,7 @@ NO_FOLDER_SYNC = (errno.EINVAL, errno.ENOTSUP)  # network file systems that cann
 MARKS = ("run.json", "recipe.yaml", "checkpoints")  # any of them makes a folder a run
 TEMPORARY = re.compile(r"\..*\.tmp-\d+")
 
-# What a resumed run may do differently without changing a single weight of the steps that remain.
+# What a resumed run may do differently without changing the steps that remain (but for rounding, where it is shared).
 MAY_CHANGE = (
     "log.",
     "eval.every",
@@ -35,6 +35,7 @@ MAY_CHANGE = (
     "eval.kl_prompts",
     "train.checkpoint_every",
     "train.keep_checkpoints",
+    "train.sharding",
     "output",
 )
 

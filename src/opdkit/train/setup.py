@@ -2,21 +2,26 @@
 
 import hashlib
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
+
+import torch
 
 from opdkit.catalogue import build_method
 from opdkit.config import Recipe, nearest
 from opdkit.errors import ModelError, RecipeError
 from opdkit.method import Method
-from opdkit.models import LanguageModel, check_same_vocabulary, load_model
+from opdkit.models import LanguageModel, check_same_vocabulary, load_models
 from opdkit.rollouts.rollout import Rollout
 from opdkit.rollouts.sampler import Keep, Sampling
-from opdkit.sources import OnPolicy
+from opdkit.rollouts.sources import from_dataset
+from opdkit.sources import Dataset, OnPolicy
 from opdkit.support import Full, TopK
+from opdkit.tasks.contexts import check_context, reread
 from opdkit.tasks.load import load_task
 from opdkit.tasks.problem import Task
-from opdkit.tasks.prompts import EncodedProblems, encode_problems
+from opdkit.tasks.prompts import PROBE, EncodedProblems, encode_problems
 from opdkit.tasks.rows import prompt_key
 from opdkit.train.processes import Processes
 
@@ -32,12 +37,17 @@ class Setup:
     task: Task
     train: EncodedProblems
     eval: EncodedProblems
-    accelerator: Any  # accelerate.Accelerator
     processes: Processes
 
+    def autocast(self) -> AbstractContextManager[Any]:
+        """The precision of forward passes."""
+        dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[self.recipe.train.precision]
+        return nullcontext() if dtype is None else torch.autocast(self.processes.device.type, dtype)
+
     def as_read_by(self, lm: LanguageModel, rollouts: list[Rollout]) -> list[Rollout]:
-        """The rollouts with the prompts that a model reads."""
-        return rollouts
+        """The rollouts with the prompts that a teacher reads: the student's, or those of its own template."""
+        config = self.recipe.teachers[lm.name]
+        return reread(lm, config.template, config.template_args, rollouts, self.recipe.task)
 
     @property
     def sampling(self) -> Sampling:
@@ -70,23 +80,22 @@ def set_up(recipe: Recipe) -> Setup:
     """Load and check everything. Raises OpdkitError with one clear sentence for whatever does not fit."""
     method = build_method(recipe.method.name, recipe.method.arguments)
     check_recipe(recipe, method)
-    accelerator = start_accelerator(recipe)
-    processes = Processes(accelerator.process_index, accelerator.num_processes, accelerator.device)
+    place = start_processes()
+    processes = Processes(place.process_index, place.num_processes, place.device)
     check_processes(recipe, method, processes)
     task = load_task(recipe.task)
     if method.needs_reward and task.verify is None:
         raise RecipeError(f"method {method.name} learns from rewards, but task '{task.name}' has no verifier; "
                           "give the data an answer column or set task.verifier")  # fmt: skip
-    with accelerator.main_process_first():  # the first process builds what the cache lacks
-        student = load_model(recipe.student, "student", accelerator.device)
-        teachers = {name: load_model(config, name, accelerator.device) for name, config in recipe.teachers.items()}
+    with place.main_process_first():  # the first process builds what the cache lacks
+        student, teachers = load_models(recipe, processes.device, derive_seed(recipe.seed, "lora"))
     student.temperature = recipe.sampling.temperature
     for teacher in teachers.values():
         check_same_vocabulary(student, teacher)
-        teacher.model.requires_grad_(False)
+        check_context(teacher, recipe.teachers[teacher.name], task.train, recipe.task)
     check_supports(method, student)
     if recipe.train.gradient_checkpointing:
-        student.model.gradient_checkpointing_enable({"use_reentrant": False})
+        student.model.activation_checkpointing_enable({"use_reentrant": False})
     context = min(lm.context_length for lm in [student, *teachers.values()])
     new = recipe.sampling.max_new_tokens
     train = encode_problems(task.train, student.tokenizer, recipe.task, context, new)
@@ -97,7 +106,10 @@ def set_up(recipe: Recipe) -> Setup:
             "training prompts": "\n".join([str(len(train)), *(prompt_key(train.problems[i]) for i in _probe(len(train)))]),
             "held-out prompts": "\n".join(map(prompt_key, held_out.problems)),
         })  # fmt: skip
-    return Setup(recipe, method, student, teachers, task, train, held_out, accelerator, processes)
+    setup = Setup(recipe, method, student, teachers, task, train, held_out, processes)
+    if any(isinstance(source, Dataset) for source in method.rollouts.values()):
+        from_dataset(student, task, train[:PROBE], setup.sampling)  # a response that cannot be used fails here
+    return setup
 
 
 def _probe(size: int, most: int = 256) -> range:
@@ -105,17 +117,12 @@ def _probe(size: int, most: int = 256) -> range:
     return range(0, size, max(1, size // most))
 
 
-def start_accelerator(recipe: Recipe) -> Any:
-    """The device, the processes and the precision. Raises RecipeError for a precision that this device lacks."""
-    from accelerate import Accelerator
+def start_processes() -> Any:
+    """This process's place among those of the launcher, and its device (an accelerate.PartialState)."""
+    from accelerate import PartialState
 
-    precision = recipe.train.precision
-    try:
-        return Accelerator(mixed_precision="no" if precision == "fp32" else precision)
-    except ValueError as error:
-        raise RecipeError(
-            f"train.precision = {precision} cannot be used on this device ({error}); use bf16 or fp32"
-        ) from error
+    # without `cpu` it would not join the processes of a launcher on a machine that has no accelerator
+    return PartialState(cpu=not torch.accelerator.is_available())
 
 
 def check_processes(recipe: Recipe, method: Method, processes: Processes) -> None:
@@ -153,6 +160,9 @@ def check_recipe(recipe: Recipe, method: Method) -> None:
         )
     if recipe.student.temperature != 1.0:
         raise RecipeError("student.temperature has no effect: the student is scored at sampling.temperature; set that")
+    if recipe.student.template != "student" or recipe.student.template_args:
+        raise RecipeError("student.template and student.template_args have no effect: the student reads the task's prompts; "
+                          "set task.template_args")  # fmt: skip
     if recipe.eval.temperature == 0 and recipe.eval.top_p < 1:
         raise RecipeError(
             f"eval.top_p = {recipe.eval.top_p} has no effect on greedy evaluation (eval.temperature = 0); remove it"

@@ -30,6 +30,9 @@ def shard(lm: LanguageModel, processes: Processes) -> None:
     fully_shard(model, mesh=mesh, reshard_after_forward=False)
     register_fsdp_forward_method(model, "read_hidden")
     lm.forward = model.read_hidden
+    with torch.no_grad():  # the first pass decides which module is the root: it must not be a layer that sampling calls
+        lm.hidden(torch.zeros(1, 1, dtype=torch.long, device=processes.device))
+    model.reshard()  # the root stays whole after a forward pass, and its parameters would be the whole ones
 
 
 def _read_hidden(model: Any, **inputs: Any) -> Any:
@@ -78,6 +81,15 @@ def gathered(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return type(value)(gathered(item) for item in value)
     return value
+
+
+def whole_weights(lm: LanguageModel) -> dict[str, Tensor] | None:
+    """The state dict of a sharded student, whole, tied weights once; None where nothing is sharded. Collective."""
+    if not is_sharded(lm):
+        return None
+    once = dict(lm.saved.named_parameters())
+    every = dict(lm.saved.named_parameters(remove_duplicate=False))
+    return {k: gathered(v) for k, v in lm.saved.state_dict().items() if k in once or k not in every}
 
 
 def scattered(state: dict[int, dict[str, Any]], parameters: list[torch.nn.Parameter]) -> dict[int, dict[str, Any]]:

@@ -1,0 +1,93 @@
+"""What a recipe does, counted: steps, rollouts, updates and tokens, and the data where it is on this machine."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from opdkit.config import Recipe, TaskConfig
+from opdkit.errors import RecipeError
+from opdkit.method import Method
+from opdkit.plan.architectures import Architecture
+from opdkit.sources import OnPolicy, Replay
+from opdkit.tasks.load import check_settings, load_task
+from opdkit.tasks.prompts import encode_problems
+from opdkit.train.setup import split_prompts
+
+
+@dataclass(frozen=True)
+class Data:
+    """The task's problems that were found; None where the data set is not here."""
+
+    name: str
+    train: int | None = None
+    held_out: int | None = None
+    dropped: int = 0  # prompts over the limit
+    encoded: bool = False  # whether the prompts were read with the student's tokenizer
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Numbers of the whole run; tokens are upper bounds. `longest` is one prompt with its response."""
+
+    steps: int
+    prompts: int  # of one step
+    rollouts: dict[str, int]  # source -> responses of one step
+    updates: int
+    longest: int
+    data: Data
+
+    @property
+    def rollouts_per_step(self) -> int:
+        return sum(self.rollouts.values())
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.rollouts_per_step * self.longest
+
+    @property
+    def epochs(self) -> float | None:
+        """Passes over the training problems."""
+        return None if self.data.train is None else self.steps * self.prompts / self.data.train
+
+
+def count(recipe: Recipe, method: Method, student: Architecture, context: int) -> Counts:
+    """Count a recipe; `context` is the shortest context of its models (tokens). Loads data that is here."""
+    t, s = recipe.train, recipe.sampling
+    return Counts(
+        steps=t.steps,
+        prompts=t.prompts_per_step,
+        rollouts={
+            name: prompts * (s.group if samples(method, name) else 1)
+            for name, prompts in split_prompts(method, t.prompts_per_step).items()
+        },
+        updates=t.steps * t.minibatches * t.epochs,
+        longest=min(recipe.task.max_prompt_tokens + s.max_new_tokens, context),
+        data=_data(recipe, method, student, context),
+    )
+
+
+def samples(method: Method, source: str) -> bool:
+    """Whether the student answers this source's prompts itself, at least in steps with an empty buffer."""
+    return isinstance(method.rollouts[source], OnPolicy | Replay)
+
+
+def _data(recipe: Recipe, method: Method, student: Architecture, context: int) -> Data:
+    """Load the problems if they are here. Raises OpdkitError as a run would."""
+    config = recipe.task
+    check_settings(config)
+    if not is_here(config):
+        return Data(str(config.path))
+    task = load_task(config)
+    if method.needs_reward and task.verify is None:
+        raise RecipeError(f"method {method.name} learns from rewards, but task '{task.name}' has no verifier; "
+                          "give the data an answer column or set task.verifier")  # fmt: skip
+    if student.tokenizer is None:
+        return Data(task.name, len(task.train), len(task.eval))
+    new = recipe.sampling.max_new_tokens
+    train = encode_problems(task.train, student.tokenizer, config, context, new)
+    held_out = encode_problems(task.eval, student.tokenizer, config, context, recipe.eval.max_new_tokens or new)
+    return Data(task.name, len(train), len(held_out), train.dropped, True)
+
+
+def is_here(config: TaskConfig) -> bool:
+    """Whether the task can be loaded without a network: everything but a Hub id."""
+    return config.kind != "dataset" or Path(str(config.path)).exists()

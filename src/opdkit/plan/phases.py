@@ -1,0 +1,211 @@
+"""How much GPU memory each phase of a step holds at its peak, per GPU, as a list of named parts.
+
+Every sequence is taken to be as long as the recipe allows. Left out: kernels' own workspaces and the allocator's
+fragments, for which `hardware` keeps a margin.
+
+Units: bytes. Axes: N trained tokens of a step.
+"""
+
+from collections.abc import Sequence
+from math import ceil
+
+from opdkit.plan.architectures import linear_layers
+from opdkit.plan.counts import samples
+from opdkit.plan.memory import (
+    DRAW,
+    LOSS_BLOCKS,
+    SCORE_BLOCKS,
+    Job,
+    Model,
+    Part,
+    Phase,
+    cache_bytes,
+    chunk_bytes,
+    record_bytes,
+)  # fmt: skip
+from opdkit.sources import OnPolicy, TeacherSamples
+from opdkit.support import Full, TopK
+from opdkit.train.keep import to_keep
+
+
+def phases(job: Job) -> tuple[Phase, ...]:
+    """The phases of a step that a recipe has, in their order, and the evaluation."""
+    own = {"sample": _sample(job), "score": _score(job), "update": _update(job), "evaluate": _evaluate(job)}
+    always = tuple(part for part in _resident(job) if part.bytes)
+    return tuple(Phase(name, always, tuple(p for p in parts if p.bytes)) for name, parts in own.items() if parts)
+
+
+def _resident(job: Job) -> tuple[Part, ...]:
+    """What is always there: gradients stay until the next update begins (train.optimise)."""
+    student, n = job.student, job.shards
+    of = f" / {n}" if n > 1 else ""
+    parts = [
+        Part(f"student weights{of}", student.bytes // n),
+        Part(f"gradients{of}", student.trained_bytes // n),
+        Part(f"AdamW moments{of}", 2 * student.trained_bytes // n),
+    ]
+    return (*parts, *(Part(f"{name} weights", t.bytes) for name, t in job.teachers.items() if not t.shared))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sampling
+
+
+def _sample(job: Job) -> tuple[Part, ...]:
+    s, rows = job.recipe.sampling, sum(job.rows(name) for name in job.counts.rollouts if samples(job.method, name))
+    parts: tuple[Part, ...] = ()
+    new, prompt = s.max_new_tokens, job.counts.longest - s.max_new_tokens
+    if rows:
+        keep = to_keep(job.recipe, job.method, job.student.architecture.vocab)
+        record = record_bytes(keep.top_k, job.rehearsal(job.student).hidden_size() if keep.hidden else 0)
+        mixed = [src.mixed_with for src in job.method.rollouts.values() if isinstance(src, OnPolicy) and src.mixed_with]
+        models = [job.student, *(job.teachers[name] for name in mixed)]
+        parts = _decoding(job, models, rows, s.group, prompt, new, record)
+        parts = (*_whole_student(job), *_autocast_copies(job), *parts)
+    for source in job.method.rollouts.values():
+        if isinstance(source, TeacherSamples):
+            teacher = job.teachers[source.teacher]
+            count = ceil(job.counts.prompts / job.gpus)
+            answers = _decoding(job, [teacher], count, 1, prompt, new, record_bytes(1, 0))
+            parts = max(parts, answers, key=_total)
+    return parts
+
+
+def _decoding(
+    job: Job, models: list[Model], rows: int, group: int, prompt: int, new: int, record: int
+) -> tuple[Part, ...]:
+    """Sampling `rows` responses with one model, or with several in lock-step: the larger of prompts and tokens."""
+    most = job.recipe.sampling.max_rows
+    wave = min(rows, max(most // group * group, min(most, group)))
+    prompts = ceil(wave / group)
+    records = Part("records of the step's samples", rows * new * record, "train.prompts_per_step")
+    reading, writing = [], []
+    for model in models:
+        rehearsal, name = job.rehearsal(model), model.architecture.name
+        sizes = rehearsal.cache()
+        cache = Part(f"{name} key-value cache of {wave} rows", cache_bytes(model.architecture, wave, prompt, new, sizes),
+                     "sampling.max_rows")  # fmt: skip
+        # a wave's records exist three times while they are put in order (sampler._Recorder), when no token is drawn
+        step = max(
+            rehearsal.decode(wave, prompt + new - 1) + DRAW * wave * model.architecture.vocab, 2 * wave * new * record
+        )
+        writing += [cache, Part(f"{name} decoding step", step, "sampling.max_rows")]
+        first = rehearsal.forward(prompts, prompt) + cache_bytes(model.architecture, prompts, prompt, 0, sizes)
+        reading.append(Part(f"{name} reading {prompts} prompts", first, "sampling.max_rows"))
+    return (*max(reading, writing, key=_total), records)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Scoring and update
+
+
+def _score(job: Job) -> tuple[Part, ...]:
+    t, longest = job.recipe.train, job.counts.longest
+    rows = min(max(1, t.score_tokens // longest), job.rows())
+    passes = [(job.teachers[v.model], isinstance(v.support, Full)) for v in job.method.views.values()]
+    if job.recipe.sampling.rescore or any(
+        job.method.reads_student(name) and not isinstance(source, OnPolicy)
+        for name, source in job.method.rollouts.items()
+    ):
+        passes.append((job.student, to_keep(job.recipe, job.method, job.student.architecture.vocab).hidden))
+    if not passes:
+        return ()
+    peaks = []
+    for model, full in passes:
+        rehearsal, vocab = job.rehearsal(model), model.architecture.vocab
+        # hidden states of a view are held in parts, joined, and put in order (views.local._join)
+        joined = 2 * job.rows() * job.recipe.sampling.max_new_tokens * rehearsal.hidden_size() if full else 0
+        name = model.architecture.name
+        peaks.append((
+            Part(f"{name} forward pass of {rows} rows", rehearsal.forward(rows, longest - 1), "train.score_tokens"),
+            Part("logits of a chunk", chunk_bytes(vocab, None, 1, SCORE_BLOCKS)),
+            Part("hidden states being joined", joined, "train.prompts_per_step"),
+        ))  # fmt: skip
+    return (*_whole_student(job), *_kept(job), *max(peaks, key=_total))
+
+
+def _kept(job: Job) -> tuple[Part, ...]:
+    """What a scored step holds: the samples' records, the student's view made of them, and the teachers' views."""
+    n = job.rows() * job.recipe.sampling.max_new_tokens
+    keep = to_keep(job.recipe, job.method, job.student.architecture.vocab)
+    record = record_bytes(keep.top_k, job.rehearsal(job.student).hidden_size() if keep.hidden else 0)
+    sampled = any(samples(job.method, name) for name in job.method.rollouts)
+    views = 0
+    for view in job.method.views.values():
+        views += 8 + 12 * job.recipe.log.top_k  # sampled, entropy, own top-k list
+        if isinstance(view.support, TopK):
+            k = view.support.k * (2 if view.support.of in ("union", "difference") else 1)
+            views += 17 * k + 8  # ids, which of them count, both sides' log-probs, tails
+        elif isinstance(view.support, Full):
+            views += job.rehearsal(job.teachers[view.model]).hidden_size()
+    return (
+        Part("records and the student's view", 2 * n * record if sampled else 0, "train.prompts_per_step"),
+        Part("the teachers' views", n * views, "train.prompts_per_step"),
+    )
+
+
+def _update(job: Job) -> tuple[Part, ...]:
+    t, longest, student = job.recipe.train, job.counts.longest, job.student
+    in_part = max(1, job.rows() // t.minibatches)
+    rows = min(max(1, t.microbatch_tokens // longest), in_part)
+    new = job.recipe.sampling.max_new_tokens
+    passes = job.rehearsal(student).update(rows, longest - 1, min(new, longest - 1), t.gradient_checkpointing)
+    full = {term.loss.teacher for term in job.method.terms}
+    tables = 1 + sum(isinstance(view.support, Full) and name in full for name, view in job.method.views.items())
+    chunk = chunk_bytes(student.architecture.vocab, t.head_chunk, tables, LOSS_BLOCKS)
+    parts = [
+        Part(f"forward and backward of {rows} rows", passes, "train.microbatch_tokens"),
+        Part("logits of a chunk", chunk, "train.head_chunk"),
+    ]
+    if job.shards > 1:
+        parts += _gathered_parts(job, several=in_part > rows)
+    return (*_kept(job), *parts)
+
+
+def _whole_student(job: Job) -> tuple[Part, ...]:
+    """Sampling and scoring gather the whole student (train.sharding.whole)."""
+    n = job.shards
+    return (Part("the rest of the student's weights, gathered", job.student.bytes - job.student.bytes // n),)
+
+
+def _gathered_parts(job: Job, several: bool) -> list[Part]:
+    """The update gathers two layers at a time and keeps what is not a layer; gradients are divided at its end."""
+    layers = job.student.architecture.layers
+    inside = sum(
+        layer.weight.numel() * layer.weight.element_size() for layer in linear_layers(job.student.meta).values()
+    )
+    parts = [Part("layers and the head, gathered", job.student.bytes - inside + 2 * inside // layers)]
+    whole = job.student.trained_bytes - job.student.trained_bytes // job.shards
+    return [*parts, Part("gradients, not yet divided", whole if several else 2 * inside // layers)]
+
+
+def _autocast_copies(job: Job) -> tuple[Part, ...]:
+    """Autocast keeps a copy of every float32 weight that is trained while its block lasts."""
+    if job.recipe.train.precision == "fp32":
+        return ()
+    weights = [layer.weight for layer in linear_layers(job.student.meta).values() if layer.weight.requires_grad]
+    copies = sum(2 * w.numel() for w in weights if w.element_size() == 4)
+    return (Part(f"{job.recipe.train.precision} copies of the student's weights", copies),)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Evaluation
+
+
+def _evaluate(job: Job) -> tuple[Part, ...]:
+    """Sampling to the held-out problems: the student, or a teacher if that is more."""
+    e, longest = job.recipe.eval, job.counts.longest
+    if job.recipe.task.verifier == "none":
+        return ()
+    new = e.max_new_tokens or job.recipe.sampling.max_new_tokens
+    prompt = longest - job.recipe.sampling.max_new_tokens
+    rows = ceil(job.recipe.task.eval_size / job.gpus) * e.samples
+    teachers = [t for t in job.teachers.values() if e.teacher and not t.shared]
+    found = [
+        _decoding(job, [model], rows, e.samples, prompt, new, record_bytes(1, 0)) for model in [job.student, *teachers]
+    ]
+    return (*_whole_student(job), *_autocast_copies(job), *max(found, key=_total))
+
+
+def _total(parts: Sequence[Part]) -> int:
+    return sum(part.bytes for part in parts)

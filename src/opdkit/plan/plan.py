@@ -1,0 +1,147 @@
+"""The plan of a recipe: everything that can be known about a run without weights, network or GPU.
+
+Left out: what a run would take in time.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from opdkit.catalogue import build_method
+from opdkit.config import ModelConfig, Recipe
+from opdkit.errors import RecipeError
+from opdkit.lora import BASE, attach, check_lora
+from opdkit.method import Method
+from opdkit.models import LanguageModel, check_same_vocabulary
+from opdkit.plan.architectures import Architecture, find_architecture, meta_model, parameter_bytes
+from opdkit.plan.counts import Counts, count
+from opdkit.plan.hardware import Gpu, find_gpu
+from opdkit.plan.memory import Job, Model, Phase
+from opdkit.plan.phases import phases
+from opdkit.train.processes import Processes
+from opdkit.train.setup import check_processes, check_recipe, check_supports
+
+NODE = 8  # GPUs that a recipe with sharding is planned for when none are given
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A resolved recipe with its counts and the memory of every phase on one of `gpus` GPUs."""
+
+    job: Job
+    gpu: Gpu
+    phases: tuple[Phase, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def recipe(self) -> Recipe:
+        return self.job.recipe
+
+    @property
+    def method(self) -> Method:
+        return self.job.method
+
+    @property
+    def counts(self) -> Counts:
+        return self.job.counts
+
+    @property
+    def gpus(self) -> int:
+        return self.job.gpus
+
+    @property
+    def models(self) -> dict[str, Model]:
+        """Student and teachers by name."""
+        return {"student": self.job.student, **self.job.teachers}
+
+    @property
+    def too_large(self) -> tuple[Phase, ...]:
+        """The phases that do not fit."""
+        return tuple(phase for phase in self.phases if phase.bytes > self.gpu.usable)
+
+
+def plan(recipe: Recipe, gpu: str = "H100-80GB", gpus: int | None = None) -> Plan:
+    """Resolve and check a recipe, build its models on the meta device and plan its memory.
+
+    `gpus` is the number of processes; None = 8 where the recipe shares the student among them, else 1. Raises
+    OpdkitError for whatever a run would refuse as well, as far as it can be seen without weights; a recipe that does not
+    fit is a plan that says so.
+    """
+    hardware = find_gpu(gpu)
+    gpus = gpus if gpus is not None else (NODE if recipe.train.sharding != "none" else 1)
+    if gpus < 1:
+        raise RecipeError(f"--gpus {gpus}: expected 1 or more")
+    method = build_method(recipe.method.name, recipe.method.arguments)
+    check_recipe(recipe, method)
+    check_lora(recipe)
+    check_processes(recipe, method, Processes(0, gpus, torch.device("cpu")))
+    student = _model(recipe.student, "student", recipe)
+    teachers = {name: _teacher(config, name, student, recipe) for name, config in recipe.teachers.items()}
+    _check_together(method, student, teachers)
+    context = min(m.architecture.context for m in (student, *teachers.values()))
+    counts = count(recipe, method, student.architecture, context)
+    job = Job(recipe, method, counts, student, teachers, gpus)
+    return Plan(job, hardware, phases(job), tuple(_notes(job, context)))
+
+
+def _model(settings: ModelConfig, name: str, recipe: Recipe | None) -> Model:
+    """A model on the meta device; with the recipe it is the student, which is trained."""
+    architecture = find_architecture(settings, name)
+    meta = meta_model(architecture).requires_grad_(recipe is not None)
+    size, count = parameter_bytes(meta, settings.quantize), sum(p.numel() for p in meta.parameters())
+    if recipe is not None and recipe.lora is not None:
+        attach(meta, recipe.lora, settings.path, name=name, seed=0)
+        adapters = [p for p in meta.parameters() if p.requires_grad]
+        numbers = sum(p.numel() for p in adapters)
+        own = sum(p.numel() * p.element_size() for p in adapters)
+        return Model(architecture, meta, count + numbers, size + own, numbers, own)
+    trained = recipe is not None
+    return Model(architecture, meta, count, size, count if trained else 0, size if trained else 0)
+
+
+def _teacher(settings: ModelConfig, name: str, student: Model, recipe: Recipe) -> Model:
+    """A teacher of its own, or the student before training: its modules with the adapters off, or a second copy."""
+    if settings.path != BASE:
+        return _model(settings, name, None)
+    own = student.architecture
+    base = Architecture(name, own.settings, own.source, own.config, own.tokenizer)
+    if recipe.lora is None:
+        return Model(base, student.meta, student.parameters, student.bytes, 0, 0)
+    return Model(base, student.meta, student.parameters - student.trained, 0, 0, 0, shared=True)
+
+
+def _check_together(method: Method, student: Model, teachers: dict[str, Model]) -> None:
+    """Raise ModelError for a support larger than the vocabulary, and for unlike tokenizers where both are here."""
+    ours = _language_model(student)
+    check_supports(method, ours)
+    for teacher in teachers.values():
+        if ours.tokenizer is not None and teacher.architecture.tokenizer is not None:
+            check_same_vocabulary(ours, _language_model(teacher))
+
+
+def _language_model(model: Model) -> LanguageModel:
+    a = model.architecture
+    lm = LanguageModel(a.name, a.settings.path, model.meta, a.tokenizer)
+    lm._vocab = a.vocab
+    return lm
+
+
+def _notes(job: Job, context: int) -> list[str]:
+    r, text, data = job.recipe, job.student.architecture.text, job.counts.data
+    notes = []
+    new = r.sampling.max_new_tokens
+    if r.task.max_prompt_tokens + new > context and not data.encoded:
+        notes.append(f"prompts over {context - new} tokens will be refused: with max_new_tokens = {new} they do not fit the "
+                     f"context of {context:,}")  # fmt: skip
+    for name, teacher in job.teachers.items():
+        rows = int(teacher.architecture.text.vocab_size)
+        if teacher.architecture.tokenizer is None and rows != int(text.vocab_size):
+            notes.append(f"the heads of student and {name} have {int(text.vocab_size):,} and {rows:,} rows; the run itself "
+                         "checks that the tokenizers are equal")  # fmt: skip
+    heads = getattr(text, "num_key_value_heads", text.num_attention_heads)
+    if r.train.precision == "fp32" and r.student.dtype == "float32" and heads != text.num_attention_heads:
+        notes.append("in fp32 a GPU has no fused attention for grouped heads: PyTorch may then hold length x length numbers "
+                     "for each head, which are not counted here; set train.precision: bf16")  # fmt: skip
+    if data.train is None:
+        notes.append(f"data set '{data.name}' is not here: epochs and prompts over the limit are unknown")
+    return notes

@@ -1,0 +1,260 @@
+"""Memory of a forward or backward pass, measured by running the engine's own code on tensors without memory.
+
+The model is built with fake tensors (shapes and dtypes, no data) at its real width and a few of its layers; every
+storage that an operation makes is counted until it is freed. Layers are alike, so the rest is linear in their number.
+Attention counts as the fused kernels do it: nothing of size length x length. Left out: memory inside kernels, and
+quantised layers, which count as their dtype's.
+
+Axes: B sequences, T tokens.
+"""
+
+import copy
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from opdkit.config import LoraConfig
+from opdkit.head import RowTerm, objective
+from opdkit.losses import CrossEntropy
+from opdkit.models import LanguageModel
+from opdkit.plan.architectures import Architecture, build, planning_attention
+from opdkit.step import Layout, Step
+
+FUSED = "opdkit_fused"  # sdpa as it runs without a mask
+_MEASURED: dict[tuple[Any, ...], int] = {}  # advice asks the same questions again
+ROWS = 4  # rows whose logits the rehearsed loss forms; `memory` adds the chunk's logits
+
+
+class Meter(TorchDispatchMode):
+    """Counts the bytes of all storages made inside it that are alive. `known` tensors do not count.
+
+    `peaks` holds the largest number of each segment; `mark` starts the next one.
+    """
+
+    def __init__(self, known: Any = ()) -> None:
+        super().__init__()
+        self.live, self.peaks = 0, [0]
+        self._seen: weakref.WeakSet[Any] = weakref.WeakSet(t.untyped_storage() for t in known)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default:  # a fake number is read: what it is decides nothing here
+            return 0.5
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor) and (storage := tensor.untyped_storage()) not in self._seen:
+                self._seen.add(storage)
+                self.live += storage.nbytes()
+                weakref.finalize(storage, self._free, storage.nbytes())
+        self.peaks[-1] = max(self.peaks[-1], self.live)
+        return out
+
+    def _free(self, size: int) -> None:
+        self.live -= size
+
+    def mark(self) -> None:
+        self.peaks.append(self.live)
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """One model and the arithmetic it runs in: `precision` as in the recipe."""
+
+    architecture: Architecture
+    precision: str = "fp32"
+    lora: LoraConfig | None = None
+
+    def forward(self, rows: int, tokens: int) -> int:
+        """Peak bytes of a pass without gradient over [B, T] tokens, as views are scored."""
+
+        def measure(layers: int) -> list[int]:
+            with self._model(layers, FUSED, train=False) as lm, self._meter(lm) as meter, torch.no_grad():
+                kept = lm.hidden(torch.zeros(rows, tokens, dtype=torch.long))
+                del kept
+            return meter.peaks
+
+        return self._peak(("forward", rows, tokens), measure)
+
+    def decode(self, rows: int, tokens: int) -> int:
+        """Peak bytes of one decoding step beside the cache: B rows that have read T tokens, prompts of unlike length."""
+
+        def measure(layers: int) -> list[int]:
+            attention = planning_attention(self.architecture.settings.attn)
+            with self._model(layers, attention, train=False) as lm, torch.no_grad():
+                with self._autocast():
+                    cache, mask = _read_prompts(lm, rows, tokens)
+                known = [t for layer in cache.layers for t in (layer.keys, layer.values)]
+                with self._meter(lm, known) as meter:
+                    ids, position = torch.zeros(rows, 1, dtype=torch.long), torch.full((rows, 1), tokens)
+                    lm.run(
+                        input_ids=ids, attention_mask=mask, position_ids=position, past_key_values=cache, use_cache=True
+                    )
+            return meter.peaks
+
+        return self._peak(("decode", rows, tokens), measure)
+
+    def cache(self) -> tuple[int, int]:
+        """Bytes of one number in the keys and in the values of the cache."""
+        with self._model(min(2, self.architecture.layers), "sdpa" if self._fused else "eager", train=False) as lm:
+            with torch.no_grad(), self._autocast():
+                cache, _ = _read_prompts(lm, 1, 4)
+            layer = cache.layers[0]
+            return layer.keys.element_size(), layer.values.element_size()
+
+    def hidden_size(self) -> int:
+        """Bytes of one last hidden state."""
+        with self._model(min(2, self.architecture.layers), FUSED, train=False) as lm, torch.no_grad(), self._autocast():
+            hidden = lm.hidden(torch.zeros(1, 2, dtype=torch.long))
+            return hidden.shape[-1] * hidden.element_size()
+
+    def update(self, rows: int, tokens: int, trained: int, checkpointing: bool) -> int:
+        """Peak bytes of one micro-batch's forward and backward over [B, T] tokens, `trained` of each row's with a loss.
+
+        Gradients of parameters exist before it and do not count; logits count for ROWS rows only.
+        """
+
+        def measure(layers: int) -> list[int]:
+            with self._model(layers, FUSED, train=True, checkpointing=checkpointing) as lm, self._meter(lm) as meter:
+                _half_way(lm.model, layers, meter)
+                positions = torch.arange(tokens - trained, tokens).repeat(rows)
+                hidden = lm.hidden(torch.zeros(rows, tokens, dtype=torch.long))
+                hidden = hidden[torch.arange(rows).repeat_interleave(trained), positions]
+                loss, _ = objective(hidden[:ROWS], lm.head(), [_row_term(min(ROWS, rows * trained))])
+                del hidden
+                loss.backward()
+            return meter.peaks
+
+        return self._peak(("update", rows, tokens, trained, checkpointing), measure)
+
+    def _peak(self, what: tuple[Any, ...], measure: Callable[[int], list[int]]) -> int:
+        """The peak at full depth, measured once for each question."""
+        a = self.architecture
+        key = (
+            a.config.to_json_string(use_diff=False),
+            a.settings.dtype,
+            a.settings.attn,
+            a.vocab,
+            self.precision,
+            self.lora,
+        )
+        key = (repr(key), *what)
+        if key not in _MEASURED:
+            _MEASURED[key] = _by_depth(a, measure)
+        return _MEASURED[key]
+
+    @property
+    def _fused(self) -> bool:
+        return planning_attention(self.architecture.settings.attn) == "sdpa"
+
+    @contextmanager
+    def _model(
+        self, layers: int, attention: str, *, train: bool, checkpointing: bool = False
+    ) -> Iterator[LanguageModel]:
+        """The model with fewer layers, made of fake tensors."""
+        _register()
+        small = copy.deepcopy(self.architecture.config)
+        text = small.get_text_config()
+        text.num_hidden_layers = layers
+        if getattr(text, "layer_types", None):
+            text.layer_types = text.layer_types[:layers]
+        shape = Architecture(self.architecture.name, self.architecture.settings, "", small)
+        with torch.device("meta"):
+            model = build(shape, attention if self._fused else planning_attention(self.architecture.settings.attn))
+            lm = LanguageModel("student", "", model.train(train).requires_grad_(train), None)
+            lm._vocab = self.architecture.vocab
+            if self.lora is not None:
+                from opdkit.lora import attach
+
+                lm.adapters = attach(model, self.lora, "", name="student", seed=0)
+        if checkpointing:
+            model.activation_checkpointing_enable({"use_reentrant": False})
+        with FakeTensorMode():
+            _to_fake(model)
+            for p in model.parameters():
+                if train and p.requires_grad:
+                    p.grad = torch.zeros_like(p)
+            yield lm
+
+    @contextmanager
+    def _meter(self, lm: LanguageModel, known: Any = ()) -> Iterator[Meter]:
+        parameters = list(lm.model.parameters())
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        with Meter([*parameters, *gradients, *lm.model.buffers(), *known]) as meter, self._autocast():
+            yield meter
+
+    def _autocast(self) -> torch.autocast:
+        dtype = {"fp32": torch.bfloat16, "bf16": torch.bfloat16, "fp16": torch.float16}[self.precision]
+        return torch.autocast("cpu", dtype, enabled=self.precision != "fp32")
+
+
+def _by_depth(architecture: Architecture, measure: Callable[[int], list[int]]) -> int:
+    """The peak at the full depth, from two small depths: each segment's peak is linear in the number of layers."""
+    types = getattr(architecture.text, "layer_types", None) or [""]
+    period = next(p for p in range(1, len(types) + 1) if all(t == types[i % p] for i, t in enumerate(types)))
+    few = max(2, period)
+    if architecture.layers <= 2 * few:
+        return max(measure(architecture.layers))
+    low, high = measure(few), measure(2 * few)
+    slopes = [(b - a) / few for a, b in zip(low, high, strict=True)]
+    return int(max(a + slope * (architecture.layers - few) for a, slope in zip(low, slopes, strict=True)))
+
+
+def _half_way(model: Any, layers: int, meter: Meter) -> None:
+    """Start the meter's second segment when the backward pass has reached the middle layer.
+
+    Before it the peak grows with all that the forward pass saved, after it with what is never freed.
+    """
+    blocks = next(m for m in model.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == layers)
+
+    def watch(module: Any, args: Any) -> None:
+        if len(meter.peaks) == 1 and args[0].requires_grad:
+            args[0].register_hook(lambda _: meter.mark() if len(meter.peaks) == 1 else None)
+
+    blocks[layers // 2].register_forward_pre_hook(watch)
+
+
+def _to_fake(model: Any) -> None:
+    """Replace the model's meta tensors by fake ones that stand on the CPU, so that autocast sees them."""
+    made: dict[int, Any] = {}
+    for module in model.modules():
+        for name, p in module._parameters.items():
+            if p is not None:
+                new = torch.nn.Parameter(torch.empty(p.shape, dtype=p.dtype), requires_grad=p.requires_grad)
+                module._parameters[name] = made.setdefault(id(p), new)
+        for name, b in module._buffers.items():
+            if b is not None:
+                module._buffers[name] = torch.empty(b.shape, dtype=b.dtype)
+
+
+def _read_prompts(lm: LanguageModel, rows: int, tokens: int) -> tuple[Any, Any]:
+    """The cache of `rows` rows that have read `tokens` tokens, and the mask of the next step."""
+    from opdkit.rollouts.cache import make_cache
+
+    cache = make_cache(lm.model.config)
+    mask = torch.ones(rows, tokens + 1, dtype=torch.long)
+    ids, positions = torch.zeros(rows, tokens, dtype=torch.long), torch.arange(tokens)[None]
+    lm.run(
+        input_ids=ids, attention_mask=mask[:, :tokens], position_ids=positions, past_key_values=cache, use_cache=True
+    )
+    cache.reorder_cache(torch.arange(rows))
+    return cache, mask
+
+
+def _row_term(rows: int) -> RowTerm:
+    index = torch.zeros(rows, dtype=torch.long)
+    step = Step(Layout(index, index, torch.zeros(1, dtype=torch.long)), index, {})
+    return RowTerm(CrossEntropy(), step, None, torch.ones(rows))
+
+
+def _register() -> None:
+    """Make FUSED an attention of transformers: sdpa's function without sdpa's mask."""
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from transformers.modeling_utils import AttentionInterface
+
+    AttentionInterface.register(FUSED, sdpa_attention_forward)

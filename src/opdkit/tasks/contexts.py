@@ -1,0 +1,150 @@
+"""What a teacher reads before the response: the student's prompt, or the same problem through its own chat template.
+
+Left out: contexts that hold more than the prompt (a solution, feedback, an image).
+"""
+
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Literal
+
+from opdkit.config import ModelConfig, TaskConfig
+from opdkit.errors import DataError, RecipeError
+from opdkit.models import LanguageModel
+from opdkit.rollouts.rollout import Rollout
+from opdkit.tasks.problem import Problem
+from opdkit.tasks.prompts import PROBE, check_template, encode_prompt
+
+Template = Literal["student", "own"]
+
+
+def reread(
+    lm: LanguageModel,
+    template: Template,
+    template_args: Mapping[str, Any],
+    rollouts: Sequence[Rollout],
+    task: TaskConfig,
+) -> list[Rollout]:
+    """The same rollouts with the prompt as teacher `lm` reads it; the response's ids do not change.
+
+    `student` is the prompt that the student read. Raises DataError for a prompt that is over task.max_prompt_tokens or
+    leaves no room in the teacher's context, RecipeError where the task has no chat template.
+    """
+    if template == "student":
+        return list(rollouts)
+    _refuse_plain(lm.name, task)
+    prompts: dict[int, tuple[int, ...]] = {}  # the responses of a group share their problem
+    found = []
+    for rollout in rollouts:
+        problem = rollout.problem
+        if id(problem) not in prompts:
+            prompts[id(problem)] = _own_prompt(lm, template_args, problem, task)
+        prompt = prompts[id(problem)]
+        if len(prompt) + len(rollout.response_ids) > lm.context_length:
+            raise DataError(
+                f"problem {problem.id}: teacher '{lm.name}' reads {len(prompt)} prompt tokens, and with "
+                f"{len(rollout.response_ids)} response tokens that is over its context of {lm.context_length}; lower "
+                f"sampling.max_new_tokens to {lm.context_length - len(prompt)}, or set teachers.{lm.name}.template: student"
+            )
+        found.append(replace(rollout, prompt_ids=prompt))
+    return found
+
+
+def check_context(lm: LanguageModel, config: ModelConfig, problems: Sequence[Problem], task: TaskConfig) -> None:
+    """Raise RecipeError for a teacher's template settings without effect, DataError for prompts that it cannot read.
+
+    Looks at the first 16 problems.
+    """
+    if config.template == "student":
+        if config.template_args:
+            raise RecipeError(
+                f"teachers.{lm.name}.template_args = {config.template_args} has no effect with template 'student'; set "
+                f"teachers.{lm.name}.template: own, or remove it"
+            )
+        return
+    _refuse_plain(lm.name, task)
+    probe = problems[:PROBE]
+    check_template(lm.tokenizer, probe, task.system, config.template_args, f"teachers.{lm.name}.template_args")
+    for problem in probe:
+        _own_prompt(lm, config.template_args, problem, task)
+
+
+def describe_difference(
+    student: LanguageModel,
+    teachers: Mapping[str, LanguageModel],
+    configs: Mapping[str, ModelConfig],
+    problem: Problem,
+    task: TaskConfig,
+    eos_ids: Sequence[int] | None = None,
+) -> str:
+    """What every teacher reads before the response, as a diff of its prompt against the student's, and other end tokens.
+
+    `teachers` and `configs` have the same names; `eos_ids` are the recipe's, where it sets them. Special tokens are shown.
+    """
+    lines = []
+    ours = encode_prompt(student.tokenizer, problem, task.template, task.system, task.template_args)
+    ends = student.eos_ids if eos_ids is None else tuple(eos_ids)
+    for name, teacher in teachers.items():
+        config = configs[name]
+        if config.template == "student":
+            lines.append(f"teacher '{name}' reads the student's prompt")
+        else:
+            theirs = _own_prompt(teacher, config.template_args, problem, task)
+            lines += _diff(name, problem, student, ours, teacher, theirs)
+        if set(teacher.eos_ids) != set(ends):
+            lines.append(_other_ends(name, teacher, student, ends))
+    return "\n".join(lines)
+
+
+def _own_prompt(
+    lm: LanguageModel, template_args: Mapping[str, Any], problem: Problem, task: TaskConfig
+) -> tuple[int, ...]:
+    ids = encode_prompt(lm.tokenizer, problem, "chat", task.system, template_args)
+    if len(ids) > task.max_prompt_tokens:
+        raise DataError(
+            f"prompt of problem {problem.id} has {len(ids)} tokens as teacher '{lm.name}' reads it, task.max_prompt_tokens is "
+            f"{task.max_prompt_tokens}; raise it, or set teachers.{lm.name}.template: student"
+        )
+    return ids
+
+
+def _refuse_plain(name: str, task: TaskConfig) -> None:
+    if task.template == "plain":
+        raise RecipeError(
+            f"teachers.{name}.template 'own' has no effect with task.template 'plain': there is no chat template to apply; "
+            "set task.template: chat, or remove it"
+        )
+
+
+def _diff(
+    name: str,
+    problem: Problem,
+    student: LanguageModel,
+    ours: tuple[int, ...],
+    teacher: LanguageModel,
+    theirs: tuple[int, ...],
+) -> list[str]:
+    if ours == theirs:
+        return [f"teacher '{name}' reads the same prompt through its own template"]
+    before = student.tokenizer.decode(list(ours)).split("\n")
+    after = teacher.tokenizer.decode(list(theirs)).split("\n")
+    diff = difflib.unified_diff(before, after, "student", name, lineterm="", n=1)
+    return [
+        f"teacher '{name}' reads another prompt ({len(theirs)} tokens, student {len(ours)}), problem {problem.id}:",
+        *diff,
+    ]
+
+
+def _other_ends(name: str, teacher: LanguageModel, student: LanguageModel, ends: Sequence[int]) -> str:
+    theirs, ours = _tokens(teacher, teacher.eos_ids), _tokens(student, ends)
+    said = f"teacher '{name}' ends a response with {theirs}, the student with {ours}"
+    if shared := [i for i in ends if i in teacher.eos_ids]:
+        return f"{said}; {_tokens(student, shared)} ends both"
+    return (
+        f"{said}: the teacher hardly ever writes the student's end token, and distillation teaches the student not to stop; "
+        f"set sampling.eos_ids: {list(teacher.eos_ids)}, or use a teacher with the student's chat format"
+    )
+
+
+def _tokens(lm: LanguageModel, ids: Sequence[int]) -> str:
+    return ", ".join(f"{lm.tokenizer.decode([i])!r} ({i})" for i in ids)
