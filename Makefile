@@ -6,7 +6,7 @@ TORCH := torch==2.13.0
 # Threads that spin while they wait make two processes on two cores several times slower.
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: demo test check lint fix docs install install-dev browser reproduce benchmarks smollm2 clean
+.PHONY: demo test check lint fix docs install install-dev browser reproduce benchmarks smollm2 smollm2-lora clean
 
 demo: $(VENV)/.installed
 	$(BIN)/opd demo
@@ -58,6 +58,12 @@ smollm2: $(VENV)/.installed
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[smollm2]'
 	$(BIN)/opd train cpu/smollm2
 	$(BIN)/opd report runs/smollm2
+
+smollm2-lora: $(VENV)/.installed
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[smollm2]'
+	$(BIN)/opd train cpu/smollm2-lora
+	$(BIN)/opd report runs/smollm2-lora
+	$(BIN)/opd export runs/smollm2-lora
 
 benchmarks: $(VENV)/.installed
 	$(BIN)/python benchmarks/head.py

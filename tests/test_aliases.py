@@ -176,6 +176,10 @@ def test_epochs_need_the_number_of_problems():
     assert ours({**data, "task": {"train_size": 10}})["train.steps"] == 8  # ceil(30 / 4)
     assert ours({**data, "task": {"train_size": 10}}, max_steps=5)["train.steps"] == 5
     assert ours({**TRL, "max_steps": 50, "warmup_ratio": 0.1})["optim.warmup_steps"] == 5
+    left_out = "note: trl-gkd's default num_train_epochs: 3 is not taken (epochs need the number of problems"
+    assert any(line.startswith(left_out) for line in translate(TRL).lines)
+    assert ours({**TRL, "task": {"train_size": 24}})["train.steps"] == 9  # three epochs of three steps
+    assert not any("num_train_epochs" in line for line in translate({**TRL, "train": {"steps": 7}}).lines)
 
 
 def test_verl_cuts_a_rollout_batch_into_updates():
@@ -306,7 +310,7 @@ def test_ignored_and_noted():
     lines = translate({**TRL, "logging_steps": 10, "temperature": 0.9}).lines
     assert any(line.startswith("ignored: logging_steps: 10 (metrics.jsonl") for line in lines)
     assert any(line.startswith("note: temperature: TRL's GKD samples at this temperature") for line in lines)
-    assert not any(line.startswith("note:") for line in translate({**TRL, "temperature": 1.0}).lines)
+    assert not any(line.startswith("note: temperature") for line in translate({**TRL, "temperature": 1.0}).lines)
 
 
 # ---------------------------------------------------------------------------------------------------- the command line

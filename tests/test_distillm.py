@@ -68,8 +68,8 @@ def test_shares_and_sources():
     ({"on_policy_share": 0.8}, "on_policy_share = 0.8 and replay_share = 0.25 must not be negative and add up to at most 1"),
     ({"replay_share": -0.1}, "replay_share = -0.1 must not be negative"),
     ({"replay_share": 0.0, "capacity": 10}, "capacity = 10 has no effect with replay_share = 0"),
-    ({"capacity": 0}, r"Replay\(share=0.25, capacity=0\): expected at least 1 rollout"),
-    ({"skew": 0.0}, "mix = 0.0 must lie strictly between 0 and 1"),
+    ({"capacity": 0}, r"Replay\(capacity=0\): expected at least 1 rollout"),
+    ({"skew": 0.0}, "skew = 0.0 must lie strictly between 0 and 1"),
 ])  # fmt: skip
 def test_arguments_without_effect_or_sense_are_refused(arguments, message):
     with pytest.raises(RecipeError, match=f"method distillm: .*{message}"):

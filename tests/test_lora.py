@@ -422,6 +422,13 @@ def test_stored_adapters_that_cannot_be_used(finished, tmp_path, change, message
         load_model(ModelConfig(path=str(folder)), "teacher")
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_an_adapter_that_transformers_follows_by_itself_is_refused(finished, monkeypatch):
+    monkeypatch.setattr("opdkit.models.stored_base", lambda path, name: None)  # as for an id on the Hub
+    with pytest.raises(ModelError, match=r"teacher \(.*\) is an adapter on the Hub; download it and give its folder"):
+        load_model(ModelConfig(path=str(latest_checkpoint(finished))), "teacher")
+
+
 def test_an_adapter_of_a_model_with_another_shape(finished, tmp_path):
     folder = tmp_path / "adapter"
     shutil.copytree(latest_checkpoint(finished), folder)
@@ -441,3 +448,24 @@ def test_architectures_with_a_scaled_or_capped_head_keep_it_under_an_adapter():
         with torch.no_grad():
             own = lm.model(IDS).logits[..., :44]
         assert (own.flatten(0, 1) - logits(lm)).abs().max() < 1e-5
+
+
+def test_a_damaged_adapter_is_refused_and_the_checkpoint_to_use_is_named(finished, student_path, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    config = LoraConfig(rank=2, targets=["q_proj", "lm_head"])
+    lm = load_model(ModelConfig(path=student_path), "student", lora=config)
+    file = run / "checkpoints" / "step-000004" / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-40])
+    with pytest.raises(RunError, match=r"adapter_model\.safetensors has .* --resume goes on from step-000002"):
+        load_weights(lm.saved, file.parent)
+
+
+def test_evaluating_a_whole_student_keeps_its_base_teacher_untrained(recipe_data, tmp_path):
+    recipe_data["teachers"]["base"] = {"path": "student:base", "temperature": 2.0}
+    recipe_data["method"] = {"name": "opd", "teacher": "base"}
+    del recipe_data["teachers"]["teacher"]
+    recipe_data |= {"output": str(tmp_path / "run"), "optim": {"lr": 1e-2}}
+    run = train(parse_recipe(recipe_data))
+    last = [json.loads(line) for line in (run / "evals.jsonl").read_text().splitlines()][-1]
+    assert f"reverse kl {last['reverse_kl']:.4f} nats/token" in evaluate_run(str(run), [])

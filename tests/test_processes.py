@@ -22,7 +22,12 @@ from opdkit.train.setup import check_processes, set_up
 from opdkit.train.update import parts
 
 PLAIN = dict(method={"name": "opd"}, train__prompts_per_step=5)  # 3 and 2 prompts: uneven work
+CLIPPED = {"name": "opd", "low": 0.2, "high": 0.2}
 MIXED = dict(method={"name": "gkd"}, train__minibatches=2, train__epochs=2)
+ADAPTED = dict(
+    method={"name": "minillm"}, lora={"rank": 4, "targets": ["q_proj", "lm_head"]}, train__prompts_per_step=5
+)
+REPLAYED = dict(method={"name": "distillm", "on_policy_share": 0.5}, train__prompts_per_step=8)
 STEPS = 3
 
 
@@ -65,7 +70,7 @@ def assert_same_run(one: Path, two: Path) -> None:
     ends = [[r for r in metrics(p, "evals.jsonl") if r["step"] in (0, STEPS)] for p in (one, two)]
     for a, b in zip(*ends, strict=True):  # a run that stopped half way was evaluated there too
         assert a.pop("who") == b.pop("who") and a == pytest.approx(b, rel=1e-4, abs=1e-6)
-    first, second = weights(one), weights(two)
+    first, second = (load_file(next(latest_checkpoint(p).glob("*.safetensors"))) for p in (one, two))
     assert first.keys() == second.keys()
     assert max(float((first[k] - second[k]).abs().max()) for k in first) < 2e-5  # learning rate 1e-3
 
@@ -79,6 +84,8 @@ def test_two_processes_equal_one(recipe_data, untied, tmp_path):
     fsdp = {"train__sharding": "fsdp2"}
     one = {name: run(recipe(f"one-{name}", **case)) for name, case in (("plain", PLAIN), ("mixed", MIXED))}
     one["untied"] = run(recipe("one-untied", student={"path": untied}, **PLAIN))
+    one["lora"] = run(recipe("one-lora", **ADAPTED))
+    one["replay"] = run(recipe("one-replay", **REPLAYED))
     first_half = run(recipe("grows", **PLAIN, train__steps=1))
     entries = [
         {"recipe": recipe("ddp-plain", **PLAIN)},
@@ -86,6 +93,8 @@ def test_two_processes_equal_one(recipe_data, untied, tmp_path):
         {"recipe": recipe("fsdp-plain", **PLAIN, **fsdp)},
         {"recipe": recipe("fsdp-mixed", **MIXED, **fsdp)},
         {"recipe": recipe("fsdp-untied", student={"path": untied}, **PLAIN, **fsdp)},
+        {"recipe": recipe("fsdp-lora", **ADAPTED, **fsdp)},
+        {"recipe": recipe("ddp-replay", **REPLAYED)},
         {"recipe": recipe("grows", **PLAIN), "resume": True},
         {"recipe": recipe("shrinks", **PLAIN, **fsdp, train__steps=1)},
         {"recipe": recipe("fsdp-resumed", **PLAIN, **fsdp, train__steps=1)},
@@ -96,6 +105,8 @@ def test_two_processes_equal_one(recipe_data, untied, tmp_path):
         assert_same_run(one["plain"], tmp_path / f"{kind}-plain")
         assert_same_run(one["mixed"], tmp_path / f"{kind}-mixed")
     assert_same_run(one["untied"], tmp_path / "fsdp-untied")
+    assert_same_run(one["lora"], tmp_path / "fsdp-lora")
+    assert_same_run(one["replay"], tmp_path / "ddp-replay")
     assert_same_run(one["plain"], first_half)  # one process, then two
     assert_same_run(one["plain"], tmp_path / "fsdp-resumed")
     assert_same_run(one["plain"], run(recipe("shrinks", **PLAIN), resume=True))  # two that shared it, then one
@@ -146,7 +157,8 @@ def test_mini_batches_keep_groups_together_and_use_every_rollout_once():
 
 
 def test_epochs_times_mini_batches_updates_a_step(recipe_data, tmp_path):
-    path = run(recipe_data, train__steps=2, train__minibatches=2, train__epochs=3, optim__schedule="linear")
+    changes = dict(method=CLIPPED, train__steps=2, train__minibatches=2, train__epochs=3, optim__schedule="linear")
+    path = run(recipe_data, **changes)
     newest = latest_checkpoint(path)
     assert newest is not None
     state = load_checkpoint(newest)
@@ -155,7 +167,7 @@ def test_epochs_times_mini_batches_updates_a_step(recipe_data, tmp_path):
 
 
 def test_resume_with_mini_batches_equals_the_uninterrupted_run(recipe_data, tmp_path):
-    settings = dict(train__minibatches=2, train__epochs=2)
+    settings = dict(method=CLIPPED, train__minibatches=2, train__epochs=2)
     whole = run(recipe_data, train__steps=4, output=str(tmp_path / "whole"), **settings)
     run(recipe_data, train__steps=2, output=str(tmp_path / "part"), **settings)
     part = run(recipe_data, train__steps=4, output=str(tmp_path / "part"), resume=True, **settings)
@@ -174,3 +186,23 @@ def test_settings_that_do_not_fit_the_processes(recipe_data, changes, count, mes
     method = set_up(parse_recipe(recipe_data)).method
     with pytest.raises(RecipeError, match=message):
         check_processes(recipe, method, Processes(0, count, torch.device("cpu")))
+
+
+def test_old_log_probs_matter_from_the_second_update_on(recipe_data, tmp_path):
+    """Two epochs with closed clips and with open ones: the first epoch's updates are equal, the second's are not."""
+    found = []
+    for name, clip in (("closed", 1e-4), ("open", None)):
+        method = {"name": "opd", "low": clip or 0.999, "high": clip or 1e4}
+        path = run(recipe_data, method=method, train__steps=1, train__epochs=2, output=str(tmp_path / name))
+        once = run(recipe_data, method=method, train__steps=1, output=str(tmp_path / f"{name}-once"))
+        found.append((weights(path), weights(once)))
+    (closed, closed_once), (wide, wide_once) = found
+    assert all(torch.equal(closed_once[k], wide_once[k]) for k in wide_once)  # ratio 1: no clip binds
+    assert any(not torch.equal(closed[k], wide[k]) for k in wide)
+
+
+def test_a_policy_gradient_without_a_ratio_takes_one_update_a_batch(recipe_data):
+    with pytest.raises(
+        RecipeError, match=r"= 2 updates a rollout batch.*method opd has a policy gradient without a ratio"
+    ):
+        set_up(parse_recipe(changed(recipe_data, train__epochs=2)))

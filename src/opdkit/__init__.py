@@ -1,3 +1,3 @@
 """opdkit: the engine for on-policy distillation of language models."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

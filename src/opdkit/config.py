@@ -249,13 +249,11 @@ def recipe_data(name: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
     except yaml.YAMLError as error:
         raise RecipeError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(data, dict):
-        raise RecipeError(
-            f"{path} holds {type(data).__name__}, expected a mapping of sections such as method, student, task"
-        )
+        raise RecipeError(f"{path} holds {type(data).__name__}, expected a mapping of sections: method, student, ...")
     translation = translate(data, dict(parse_override(override) for override in overrides))
+    data = translation.data
     for line in translation.lines:
         LOG.info(line)
-    data = translation.data
     for key in ("path", "eval_path"):  # a data file that a recipe ships lies beside it
         beside = path.parent / str(data["task"].get(key)) if isinstance(data.get("task"), dict) else None
         if beside is not None and beside.is_file():

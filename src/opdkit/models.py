@@ -233,6 +233,8 @@ def _load(config: ModelConfig, name: str, path: str, base: str | None, device: t
         what = str(error).splitlines()[0].rstrip(".")
         raise ModelError(f"cannot load {name} from {shown} with attn '{config.attn}': {what}. {advice}") from error
     model, report = both
+    if getattr(model, "_hf_peft_config_loaded", False):  # transformers follows adapters on the Hub by itself
+        raise ModelError(f"{name} ({config.path}) is an adapter on the Hub; download it and give its folder")
     if absent := {*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])}:
         raise ModelError(
             f"{name} ({config.path}): {len(absent)} weights are absent or of another shape, such as {min(absent)}, and "

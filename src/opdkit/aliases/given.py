@@ -9,7 +9,7 @@ from typing import Any, get_args
 
 from pydantic import BaseModel
 
-from opdkit.aliases.table import known_names, look_up
+from opdkit.aliases.table import is_prefix, known_names, look_up
 from opdkit.aliases.values import MISSING
 from opdkit.config import ModelConfig, Recipe, nearest
 from opdkit.errors import RecipeError
@@ -92,17 +92,17 @@ def show(value: Any) -> str:
 
 
 def _leaves(key: str, value: Any, peer: str | None) -> Iterator[tuple[str, Any]]:
-    """The names below a key that is not ours."""
+    """The names below a key that is not ours. Raises RecipeError for one that nobody uses."""
     if look_up(key, peer) or look_up(key, None):
         yield key, value
-    elif isinstance(value, Mapping) and value:
+    elif isinstance(value, Mapping) and value and is_prefix(key):
         for inner, found in value.items():
             yield from _leaves(f"{key}.{inner}", found, peer)
     else:
-        candidates = [*Recipe.model_fields, *known_names(peer)]
-        hint = nearest(key, candidates)
+        hint = nearest(key, list(Recipe.model_fields))
         if "did you mean" not in hint:
-            hint = nearest(key, list(Recipe.model_fields)) + (f", and the names of {peer}" if peer else "")
+            theirs = nearest(key, known_names(peer))
+            hint = theirs if "did you mean" in theirs else hint + (f", and the names of {peer}" if peer else "")
         raise RecipeError(f"unknown key '{key}'{hint}")
 
 

@@ -126,6 +126,13 @@ def known_names(peer: str | None) -> list[str]:
     return [n for m in meanings() if peer is None or peer in m.of or ANY in m.of for n in m.spellings if "*" not in n]
 
 
+def is_prefix(key: str) -> bool:
+    """Whether some dotted name goes on below this key."""
+    parts = key.split(".")
+    longer = (name.split(".") for m in meanings() for name in m.spellings if name.count(".") >= len(parts))
+    return any(all(own in ("*", "**", part) for own, part in zip(name, parts, strict=False)) for name in longer)
+
+
 def is_joint(meaning: Meaning) -> bool:
     """Whether the names of a meaning make one setting together."""
     return meaning.how in JOINT

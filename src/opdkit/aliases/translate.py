@@ -161,7 +161,10 @@ def _joint(work: _Work, meaning: Meaning) -> Iterator[_Setting]:
     try:
         found = JOINT[meaning.how](values, work.read)
     except WrongValue as wrong:
-        if level == DEFAULT:  # the peer's defaults do not fit together; nothing was asked for
+        if level == DEFAULT and work.peer is not None:  # nothing was asked for, so ours stands, and is said
+            if all(work.read(key) is None for key in meaning.to):
+                work.notes.append(f"note: {work.peer.name}'s default {source} is not taken ({wrong}): ours stands for "
+                                  + ", ".join(meaning.to))  # fmt: skip
             return
         raise RecipeError(f"'{source}': {wrong} ({meaning.says})") from None
     yield from _spread(meaning, found, level, source)

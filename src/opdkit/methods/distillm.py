@@ -29,6 +29,8 @@ def distillm(
     replay_share: float = 0.25,
     capacity: int = 1000,
 ) -> Method:
+    if not 0.0 < skew < 1.0:
+        raise ValueError(f"skew = {skew} must lie strictly between 0 and 1; without a skew take gkd")
     data_share = 1.0 - on_policy_share - replay_share
     if min(on_policy_share, replay_share) < 0 or data_share < -1e-9:
         raise ValueError(f"on_policy_share = {on_policy_share} and replay_share = {replay_share} must not be negative and "

@@ -115,7 +115,7 @@ def record_bytes(top_k: int, hidden: int) -> int:
     return 8 + 8 + 3 * 4 + top_k * (8 + 4) + hidden
 
 
-def chunk_bytes(vocab: int, rows: int | None, tables: int, blocks: int) -> int:
-    """Logits of C rows, once for each distribution over the vocabulary, and elementwise blocks beside them."""
-    entries = (rows or max(16, CHUNK_ENTRIES // vocab)) * vocab
+def chunk_bytes(vocab: int, rows: int, asked: int | None, tables: int, blocks: int) -> int:
+    """Logits of C of some rows, once for each distribution over the vocabulary, and elementwise blocks beside them."""
+    entries = min(rows, asked or max(16, CHUNK_ENTRIES // vocab)) * vocab
     return 4 * (tables * entries + blocks * min(entries, DEVICE_BLOCK_ENTRIES))

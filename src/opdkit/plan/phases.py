@@ -61,7 +61,7 @@ def _sample(job: Job) -> tuple[Part, ...]:
         mixed = [src.mixed_with for src in job.method.rollouts.values() if isinstance(src, OnPolicy) and src.mixed_with]
         models = [job.student, *(job.teachers[name] for name in mixed)]
         parts = _decoding(job, models, rows, s.group, prompt, new, record)
-        parts = (*_whole_student(job), *_autocast_copies(job), *parts)
+        parts = (*_whole_student(job), *parts)
     for source in job.method.rollouts.values():
         if isinstance(source, TeacherSamples):
             teacher = job.teachers[source.teacher]
@@ -110,15 +110,17 @@ def _score(job: Job) -> tuple[Part, ...]:
         passes.append((job.student, to_keep(job.recipe, job.method, job.student.architecture.vocab).hidden))
     if not passes:
         return ()
+    trained = job.rows() * job.recipe.sampling.max_new_tokens
     peaks = []
     for model, full in passes:
         rehearsal, vocab = job.rehearsal(model), model.architecture.vocab
         # hidden states of a view are held in parts, joined, and put in order (views.local._join)
-        joined = 2 * job.rows() * job.recipe.sampling.max_new_tokens * rehearsal.hidden_size() if full else 0
+        joined = 2 * trained * rehearsal.hidden_size() if full else 0
         name = model.architecture.name
         peaks.append((
             Part(f"{name} forward pass of {rows} rows", rehearsal.forward(rows, longest - 1), "train.score_tokens"),
-            Part("logits of a chunk", chunk_bytes(vocab, None, 1, SCORE_BLOCKS)),
+            Part("logits of a chunk", chunk_bytes(vocab, rows * job.recipe.sampling.max_new_tokens, None, 1, SCORE_BLOCKS)),
+            _autocast_copies(job) if model is job.student else Part("", 0),
             Part("hidden states being joined", joined, "train.prompts_per_step"),
         ))  # fmt: skip
     return (*_whole_student(job), *_kept(job), *max(peaks, key=_total))
@@ -152,7 +154,7 @@ def _update(job: Job) -> tuple[Part, ...]:
     passes = job.rehearsal(student).update(rows, longest - 1, min(new, longest - 1), t.gradient_checkpointing)
     full = {term.loss.teacher for term in job.method.terms}
     tables = 1 + sum(isinstance(view.support, Full) and name in full for name, view in job.method.views.items())
-    chunk = chunk_bytes(student.architecture.vocab, t.head_chunk, tables, LOSS_BLOCKS)
+    chunk = chunk_bytes(student.architecture.vocab, rows * new, t.head_chunk, tables, LOSS_BLOCKS)
     parts = [
         Part(f"forward and backward of {rows} rows", passes, "train.microbatch_tokens"),
         Part("logits of a chunk", chunk, "train.head_chunk"),
@@ -179,13 +181,12 @@ def _gathered_parts(job: Job, several: bool) -> list[Part]:
     return [*parts, Part("gradients, not yet divided", whole if several else 2 * inside // layers)]
 
 
-def _autocast_copies(job: Job) -> tuple[Part, ...]:
-    """Autocast keeps a copy of every float32 weight that is trained while its block lasts."""
-    if job.recipe.train.precision == "fp32":
-        return ()
+def _autocast_copies(job: Job) -> Part:
+    """Outside of inference mode autocast keeps a copy of every float32 weight that is trained while its block lasts."""
     weights = [layer.weight for layer in linear_layers(job.student.meta).values() if layer.weight.requires_grad]
     copies = sum(2 * w.numel() for w in weights if w.element_size() == 4)
-    return (Part(f"{job.recipe.train.precision} copies of the student's weights", copies),)
+    precision = job.recipe.train.precision
+    return Part(f"{precision} copies of the student's weights", 0 if precision == "fp32" else copies)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -204,7 +205,7 @@ def _evaluate(job: Job) -> tuple[Part, ...]:
     found = [
         _decoding(job, [model], rows, e.samples, prompt, new, record_bytes(1, 0)) for model in [job.student, *teachers]
     ]
-    return (*_whole_student(job), *_autocast_copies(job), *max(found, key=_total))
+    return (*_whole_student(job), *max(found, key=_total))
 
 
 def _total(parts: Sequence[Part]) -> int:

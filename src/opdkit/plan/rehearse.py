@@ -10,7 +10,7 @@ Axes: B sequences, T tokens.
 
 import copy
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -33,15 +33,19 @@ ROWS = 4  # rows whose logits the rehearsed loss forms; `memory` adds the chunk'
 
 
 class Meter(TorchDispatchMode):
-    """Counts the bytes of all storages made inside it that are alive. `known` tensors do not count.
+    """Counts the bytes of all storages made inside it that are alive. `known` tensors do not count, until one of them
+    that is `replaced` is freed.
 
     `peaks` holds the largest number of each segment; `mark` starts the next one.
     """
 
-    def __init__(self, known: Any = ()) -> None:
+    def __init__(self, known: Iterable[Any] = (), replaced: Iterable[Any] = ()) -> None:
         super().__init__()
         self.live, self.peaks = 0, [0]
         self._seen: weakref.WeakSet[Any] = weakref.WeakSet(t.untyped_storage() for t in known)
+        for storage in {t.untyped_storage() for t in replaced}:
+            self._seen.add(storage)
+            weakref.finalize(storage, self._free, storage.nbytes())
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default:  # a fake number is read: what it is decides nothing here
@@ -89,8 +93,7 @@ class Rehearsal:
             with self._model(layers, attention, train=False) as lm, torch.no_grad():
                 with self._autocast():
                     cache, mask = _read_prompts(lm, rows, tokens)
-                known = [t for layer in cache.layers for t in (layer.keys, layer.values)]
-                with self._meter(lm, known) as meter:
+                with self._meter(lm, (t for layer in cache.layers for t in (layer.keys, layer.values))) as meter:
                     ids, position = torch.zeros(rows, 1, dtype=torch.long), torch.full((rows, 1), tokens)
                     lm.run(
                         input_ids=ids, attention_mask=mask, position_ids=position, past_key_values=cache, use_cache=True
@@ -182,10 +185,10 @@ class Rehearsal:
             yield lm
 
     @contextmanager
-    def _meter(self, lm: LanguageModel, known: Any = ()) -> Iterator[Meter]:
+    def _meter(self, lm: LanguageModel, cache: Iterable[Any] = ()) -> Iterator[Meter]:
         parameters = list(lm.model.parameters())
         gradients = [p.grad for p in parameters if p.grad is not None]
-        with Meter([*parameters, *gradients, *lm.model.buffers(), *known]) as meter, self._autocast():
+        with Meter([*parameters, *gradients, *lm.model.buffers()], cache) as meter, self._autocast():
             yield meter
 
     def _autocast(self) -> torch.autocast:

@@ -95,7 +95,7 @@ class Supply:
         for name, request in requests.items():
             rollouts = self._rollouts(request, version)
             found[name] = [replace(r, source=name, group=r.group + offset) for r in rollouts]
-            offset += len(request.prompts)
+            offset += len(request.prompts) or len(request.replayed) // self.how.group
         return found
 
     def _rollouts(self, request: Request, version: int) -> list[Rollout]:

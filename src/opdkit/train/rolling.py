@@ -39,9 +39,9 @@ class Rolling:
         numbers: list[int] = []  # of this process's prompts among all prompts of the step
         offset = 0
         for name, count in split_prompts(setup.method, setup.recipe.train.prompts_per_step).items():
-            prompts = [setup.train[i] for i in self.order.take(count)]
-            keys = prompt_keys([ids for _, ids in prompts], seed)
             replayed = self._replayed(name, count, step)
+            prompts = [] if replayed else [setup.train[i] for i in self.order.take(count)]
+            keys = prompt_keys([ids for _, ids in prompts], seed)
             requests[name] = Request(setup.method.rollouts[name], mine(prompts), mine(keys), replayed)
             numbers += mine(range(offset, offset + count))
             offset += count

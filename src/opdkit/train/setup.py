@@ -11,18 +11,20 @@ import torch
 from opdkit.catalogue import build_method
 from opdkit.config import Recipe, nearest
 from opdkit.errors import ModelError, RecipeError
+from opdkit.losses import PolicyGradient
 from opdkit.method import Method
 from opdkit.models import LanguageModel, check_same_vocabulary, load_models
 from opdkit.rollouts.rollout import Rollout
 from opdkit.rollouts.sampler import Keep, Sampling
 from opdkit.rollouts.sources import from_dataset
-from opdkit.sources import Dataset, OnPolicy
+from opdkit.sources import Dataset, OnPolicy, Replay
 from opdkit.support import Full, TopK
 from opdkit.tasks.contexts import check_context, reread
 from opdkit.tasks.load import load_task
 from opdkit.tasks.problem import Task
 from opdkit.tasks.prompts import PROBE, EncodedProblems, encode_problems
 from opdkit.tasks.rows import prompt_key
+from opdkit.train.optimise import updates_per_step
 from opdkit.train.processes import Processes
 
 
@@ -167,7 +169,11 @@ def check_recipe(recipe: Recipe, method: Method) -> None:
         raise RecipeError(
             f"eval.top_p = {recipe.eval.top_p} has no effect on greedy evaluation (eval.temperature = 0); remove it"
         )
-    on_policy = any(isinstance(source, OnPolicy) for source in method.rollouts.values())
+    on_policy = any(isinstance(source, OnPolicy | Replay) for source in method.rollouts.values())
+    if updates_per_step(recipe) > 1 and any(isinstance(term.loss, PolicyGradient) for term in method.terms):
+        raise RecipeError(f"train.minibatches x train.epochs = {updates_per_step(recipe)} updates a rollout batch, but "
+                          f"method {method.name} has a policy gradient without a ratio, which is wrong from the second "
+                          "update on; give the method low and high, as in method.low=0.2 method.high=0.2")  # fmt: skip
     if method.needs_group and recipe.sampling.group < 2:
         raise RecipeError(f"method {method.name} subtracts the mean of a prompt's group, which is 0 signal for a group of "
                           f"{recipe.sampling.group}; set sampling.group to 2 or more")  # fmt: skip
