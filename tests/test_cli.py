@@ -48,14 +48,8 @@ def fake(monkeypatch: pytest.MonkeyPatch, module: str, **functions: Any) -> None
 
 def test_the_list_of_commands() -> None:
     shown = run("--help").stdout
-    assert re.findall(r"^│ ([a-z]+)  ", shown, re.MULTILINE) == [
-        "demo",
-        "train",
-        "eval",
-        "methods",
-        "explain",
-        "report",
-    ]
+    commands = "demo train eval translate methods explain convert export report"
+    assert sorted(re.findall(r"^│ ([a-z]+)  ", shown, re.MULTILINE)) == sorted(commands.split())
     assert run("-h").stdout == shown
     (entry,) = entry_points(group="console_scripts", name="opd")
     assert entry.value == "opdkit.cli:app"
@@ -98,13 +92,18 @@ def test_train_gives_the_validated_recipe_to_the_loop(recipe: str, monkeypatch: 
         seen.append((loaded, resume))
         return Path("runs/x")
 
-    fake(monkeypatch, "opdkit.train.loop", train=train, dry_run=lambda loaded: f"{loaded.train.steps} steps")
+    fake(monkeypatch, "opdkit.train.loop", train=train)
+    fake(monkeypatch, "opdkit.plan", dry_run=lambda loaded, gpu, gpus: f"{loaded.train.steps} steps on {gpus} {gpu}")
     done = run("train", recipe, "train.steps=7", "--resume", "optim.lr=1e-3")
     assert (done.exit_code, done.stdout) == (0, "run folder: runs/x\nfor a report: opd report runs/x\n")
     ((loaded, resume),) = seen
     assert (loaded.train.steps, loaded.optim.lr, loaded.task.name, resume) == (7, 0.001, "sums", True)
     planned = run("train", recipe, "--dry-run", "train.steps=9")
-    assert (planned.exit_code, planned.stdout, len(seen)) == (0, "9 steps\n", 1)
+    assert (planned.exit_code, planned.stdout, len(seen)) == (0, "9 steps on None H100-80GB\n", 1)
+    planned = run("train", recipe, "--dry-run", "train.steps=9", "--gpu", "L40S-48GB", "--gpus", "4")
+    assert planned.stdout == "9 steps on 4 L40S-48GB\n"
+    refused = run("train", recipe, "--gpus", "4")
+    assert refused.exit_code == 2 and "--gpu and --gpus have no effect without --dry-run" in refused.stderr
 
 
 def test_demo_eval_explain_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -187,11 +186,5 @@ def test_the_recipe_of_the_docs_is_valid_and_every_command_is_documented() -> No
     recipe = parse_recipe(yaml.safe_load(blocks[0]))
     assert (recipe.method.name, list(recipe.teachers)) == ("opd", ["teacher"])
     text = (ROOT / "docs/cli.md").read_text()
-    assert re.findall(r"^## `opd (\w+)", text, re.MULTILINE) == [
-        "demo",
-        "train",
-        "eval",
-        "methods",
-        "explain",
-        "report",
-    ]
+    shown = re.findall(r"^│ ([a-z]+)  ", run("--help").stdout, re.MULTILINE)
+    assert sorted(re.findall(r"^## `opd (\w+)", text, re.MULTILINE)) == sorted(shown)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from safetensors.torch import load_file
 from opdkit.config import parse_recipe
 from opdkit.errors import NonFiniteError, RunError
 from opdkit.train.checkpoint import latest_checkpoint
-from opdkit.train.loop import dry_run, train
+from opdkit.train.loop import train
 
 EVERY_STEP = {"loss", "grad_norm", "lr", "response_length", "clipped_share", "tokens", "tokens_per_second",
               "peak_memory_mb", *(f"seconds/{p}" for p in ("sample", "score", "update", "other", "step"))}  # fmt: skip
@@ -284,12 +285,6 @@ def test_prepare_steps_see_verified_rollouts_and_may_drop_some(recipe_data, monk
     assert len({r["prompt"] for r in shown}) == 4 == recipe_data["train"]["prompts_per_step"]
 
 
-def test_dry_run_says_what_would_run_and_writes_nothing(recipe_data):
-    text = dry_run(parse_recipe(recipe_data))
-    assert "log_ratio" in text and "28 training and 8 held-out" in text and "(8 rollouts)" in text
-    assert not Path(recipe_data["output"]).exists()
-
-
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_half_precision_stays_near_float32(recipe_data, tmp_path, precision):
     """One step on the same samples: the half-precision gradient is near the float32 one, and fp16 scales its loss."""
@@ -326,3 +321,19 @@ def test_a_teacher_with_its_own_template_reads_another_prompt(recipe_data, tmp_p
         rows.append(metrics(path)[0])
     assert rows[0]["response_length"] == rows[1]["response_length"] and rows[0]["accuracy"] == rows[1]["accuracy"]
     assert rows[0]["reverse_kl"] != pytest.approx(rows[1]["reverse_kl"], abs=1e-5)
+
+
+def test_dropped_prompts_and_other_prompts_of_a_teacher_are_said(recipe_data, capsys, tmp_path):
+    from conftest import make_model, make_tokenizer
+
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = "={% for m in messages %}{{ m['content'] }}{% endfor %}"
+    other = make_model(tmp_path / "other", seed=2, tokenizer=tokenizer)
+    rows = [json.loads(line) for line in Path(recipe_data["task"]["path"]).read_text().splitlines()]
+    longer = tmp_path / "longer.jsonl"
+    longer.write_text("\n".join(map(json.dumps, [*rows, {"id": "long", "prompt": "1+1+1+1+1=", "answer": "5"}])))
+    run(recipe_data, train__steps=1, task__path=str(longer), task__max_prompt_tokens=6, task__overlong="drop",
+        teachers={"teacher": {"path": other, "template": "own"}})  # fmt: skip
+    said = capsys.readouterr().err
+    assert "1 training prompts over task.max_prompt_tokens are dropped" in said
+    assert re.search(r"^\+=\d\+\d=", said, re.MULTILINE)

@@ -30,7 +30,16 @@ RecipeOrRun = Annotated[
 MethodName = Annotated[str, typer.Argument(metavar="METHOD", help="A name that `opd methods` lists.")]
 RunFolder = Annotated[str, typer.Argument(metavar="RUN", help="A run folder, such as runs/demo.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in the run folder.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the resolved plan and stop before training.")]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Print the resolved plan with its steps and memory, without any weights.")
+]
+PLANNED_GPU = "H100-80GB"
+Gpu = Annotated[
+    str | None, typer.Option("--gpu", metavar="NAME", help=f"GPU that --dry-run plans for; {PLANNED_GPU} without it.")
+]
+Gpus = Annotated[
+    int | None, typer.Option("--gpus", metavar="N", help="Number of GPUs; 8 for a recipe with sharding, else 1.")
+]
 
 FIELDS_INTRO = (
     "Every setting of a recipe. In the YAML file a setting stands under its section; on the command line it is "
@@ -123,23 +132,27 @@ def demo_command(
 
 @app.command("train", cls=RecipeCommand)
 def train_command(
-    recipe: RecipeName, overrides: Overrides = None, resume: Resume = False, dry_run: DryRun = False
-) -> None:
+    recipe: RecipeName, overrides: Overrides = None, resume: Resume = False, dry_run: DryRun = False,
+    gpu: Gpu = None, gpus: Gpus = None,
+) -> None:  # fmt: skip
     """Train a student as a recipe says."""
     from opdkit.config import load_recipe
 
     if resume and dry_run:
         raise RecipeError("--resume has no effect together with --dry-run: give one of them")
+    if (gpu is not None or gpus is not None) and not dry_run:
+        raise RecipeError("--gpu and --gpus have no effect without --dry-run: they say what the plan is for")
     loaded = load_recipe(recipe, overrides or [])  # a wrong recipe fails before torch is imported
     if dry_run:
-        from opdkit.train.loop import dry_run as plan
+        from opdkit.plan import dry_run as plan
 
-        typer.echo(plan(loaded))
+        typer.echo(plan(loaded, gpu or PLANNED_GPU, gpus))
         return
     from opdkit.train.loop import train
 
     run = train(loaded, resume=resume)
-    typer.echo(f"run folder: {run}\nfor a report: opd report {run}")
+    if os.environ.get("RANK", "0") == "0":
+        typer.echo(f"run folder: {run}\nfor a report: opd report {run}")
 
 
 @app.command("eval")

@@ -46,7 +46,7 @@ Support = Sampled | TopK | Full
 
 
 def candidates(
-    of: Of, student: Int[Tensor, "N k"], teacher: Int[Tensor, "N k"]
+    of: Of, student: Int[Tensor, "N ks"], teacher: Int[Tensor, "N kt"]
 ) -> tuple[Int[Tensor, "N K"], Bool[Tensor, "N K"]]:
     """Ids of the candidate set and which columns count: an id of both lists counts once, in the student's column.
 

@@ -74,7 +74,7 @@ def _facts(run: RunData, recipe: Recipe, step: int, adapter: bool) -> str:
         "data": _data(recipe.task),
         "rollouts": f"{_steps(step)} of {t.prompts_per_step} prompts, {s.group} response{'s' * (s.group > 1)} each",
         "sampling": ", ".join([f"temperature {s.temperature:g}", *cuts, f"up to {s.max_new_tokens} new tokens"]),
-        "optimiser": f"AdamW, learning rate {o.lr:g} ({o.schedule}, {o.warmup_steps} warm-up steps), seed {recipe.seed}",
+        "optimiser": f"AdamW, learning rate {o.lr:g} ({o.schedule}, {_steps(o.warmup_steps)} of warm-up), seed {recipe.seed}",
     }
     return "\n".join(["| | |", "|---|---|", *(f"| {key} | {_cell(value)} |" for key, value in facts.items())])
 
@@ -83,7 +83,7 @@ def _trained(recipe: Recipe, adapter: bool) -> str:
     if recipe.lora is None:
         return "all weights"
     lora = recipe.lora
-    targets = lora.targets if isinstance(lora.targets, str) else ", ".join(lora.targets)
+    targets = "all linear layers" if isinstance(lora.targets, str) else ", ".join(lora.targets)
     merged = "" if adapter else "; merged into the weights of this folder"
     return f"LoRA adapters of rank {lora.rank}, alpha {lora.alpha:g}, on {targets}{merged}"
 

@@ -28,17 +28,12 @@ from opdkit.train.progress import Progress
 from opdkit.train.record import run_information, save_batch, save_rollouts
 from opdkit.train.rolling import Rolling
 from opdkit.train.run import Run
-from opdkit.train.setup import Setup, derive_seed, describe, set_up
+from opdkit.train.setup import Setup, derive_seed, notes, set_up
 from opdkit.train.sharding import shard, whole, whole_weights
 from opdkit.train.state import rng_state, set_rng_state
 from opdkit.train.trackers import Trackers
 from opdkit.train.update import Stream, coefficients, expected_batches, losses, parts, plan, streams
 from opdkit.views.local import score
-
-
-def dry_run(recipe: Recipe) -> str:
-    """Load and check everything and return the resolved plan; nothing is written or trained."""
-    return describe(set_up(recipe))
 
 
 def train(recipe: Recipe, *, resume: bool = False) -> Path:
@@ -69,6 +64,8 @@ def train(recipe: Recipe, *, resume: bool = False) -> Path:
 
         with Trackers(run.path, r.log.trackers, r.model_dump(mode="json"), active=everyone.main) as trackers, stop, \
                 Progress(r.train.steps, start, active=everyone.main) as progress:  # fmt: skip
+            for note in notes(setup):
+                progress.say(note)
             if start == 0:
                 for lm in [student, *(setup.teachers.values() if r.eval.teacher else ())]:
                     trackers.evaluation(record := evaluate(setup, lm, 0))

@@ -1,7 +1,6 @@
 """Everything a run needs, loaded and checked before the run folder is touched. The optimiser is `train.optimise`'s."""
 
 import hashlib
-from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +18,7 @@ from opdkit.rollouts.sampler import Keep, Sampling
 from opdkit.rollouts.sources import from_dataset
 from opdkit.sources import Dataset, OnPolicy, Replay
 from opdkit.support import Full, TopK
-from opdkit.tasks.contexts import check_context, reread
+from opdkit.tasks.contexts import check_context, describe_difference, reread
 from opdkit.tasks.load import load_task
 from opdkit.tasks.problem import Task
 from opdkit.tasks.prompts import PROBE, EncodedProblems, encode_problems
@@ -212,23 +211,17 @@ def derive_seed(*parts: object) -> int:
     return int.from_bytes(digest, "big") >> 1
 
 
-def describe(setup: Setup) -> str:
-    """The resolved plan of a run as text."""
-    r, lines = setup.recipe, []
-    counts = split_prompts(setup.method, r.train.prompts_per_step)
-    rows = sum(
-        n * (r.sampling.group if isinstance(setup.method.rollouts[s], OnPolicy) else 1) for s, n in counts.items()
-    )
-    models: Mapping[str, LanguageModel] = {"student": setup.student, **setup.teachers}
-    lines += [str(setup.method)]
-    lines += [f"{n}: {m.path}, {m.parameters:,} parameters, {m.head().size:,} token ids, context {m.context_length:,}"
-              for n, m in models.items()]  # fmt: skip
-    lines += [
-        f"task: {setup.task.name}, {len(setup.train):,} training and {len(setup.eval):,} held-out problems"
-        + (f", {setup.train.dropped} too long ones dropped" if setup.train.dropped else ""),
-        f"steps: {r.train.steps} of {r.train.prompts_per_step} prompts ({rows} rollouts), "
-        f"{r.train.steps * r.train.prompts_per_step / len(setup.train):.2f} epochs",
-        f"sampling: temperature {r.sampling.temperature}, up to {r.sampling.max_new_tokens} new tokens",
-        f"output: {r.output}",
-    ]
-    return "\n".join(lines)
+def notes(setup: Setup) -> list[str]:
+    """What a person should know before the first step: dropped prompts, and teachers that read something else."""
+    found = []
+    for what, problems in (("training", setup.train), ("held-out", setup.eval)):
+        if problems.dropped:
+            found.append(f"{problems.dropped} {what} prompts over task.max_prompt_tokens are dropped")
+    if setup.teachers:
+        problem, _ = setup.train[0]
+        recipe = setup.recipe
+        text = describe_difference(
+            setup.student, setup.teachers, recipe.teachers, problem, recipe.task, recipe.sampling.eos_ids
+        )
+        found += [line for line in text.splitlines() if not line.endswith("reads the student's prompt")]
+    return found
