@@ -16,7 +16,7 @@ from opdkit.errors import ModelError, RecipeError, RunError
 from opdkit.head import RowTerm, objective
 from opdkit.lora import attach, linear_layers
 from opdkit.losses import CrossEntropy
-from opdkit.models import LanguageModel, base_of, load_model, load_models
+from opdkit.models import LanguageModel, base_of, checkpoint_activations, load_model, load_models
 from opdkit.rollouts.sampler import Sampling, sample
 from opdkit.step import Layout, Step
 from opdkit.train.checkpoint import latest_checkpoint, load_weights
@@ -215,7 +215,7 @@ def test_recomputed_activations_give_the_same_gradients(student_path):
     def gradients(recompute: bool) -> list[torch.Tensor]:
         lm = moved(load_model(ModelConfig(path=student_path), "student", lora=LoraConfig(rank=2)))
         if recompute:
-            lm.model.activation_checkpointing_enable({"use_reentrant": False})
+            checkpoint_activations(lm.model)
         lm.model.train()
         lm.hidden(IDS).square().sum().backward()
         return [p.grad for p in lm.model.parameters() if p.requires_grad]

@@ -115,6 +115,12 @@ class LanguageModel:
         return nullcontext() if self.adapters is None else self.adapters.switched()
 
 
+def checkpoint_activations(model: Any) -> None:
+    """Let a transformers model recompute its activations in the backward pass."""
+    renamed = getattr(model, "activation_checkpointing_enable", None)  # since transformers 5.23
+    (renamed or model.gradient_checkpointing_enable)({"use_reentrant": False})
+
+
 def cache_folder() -> Path:
     """Where built models live: $OPDKIT_CACHE, else opdkit in the user's cache folder."""
     if "OPDKIT_CACHE" in os.environ:

@@ -11,7 +11,7 @@ from math import ceil
 from typing import Any
 
 from opdkit.config import Recipe
-from opdkit.lm_head import CHUNK_ENTRIES, DEVICE_BLOCK_ENTRIES
+from opdkit.lm_head import BLOCK_ENTRIES, CHUNK_ENTRIES, DEVICE_BLOCK_ENTRIES
 from opdkit.method import Method
 from opdkit.plan.architectures import Architecture
 from opdkit.plan.counts import Counts
@@ -19,7 +19,9 @@ from opdkit.plan.rehearse import Rehearsal
 from opdkit.rollouts.cache import ROOM, BufferLayer, make_cache
 
 DRAW = 16  # bytes for each logit while a token is drawn: logits, log-probs, probabilities and their product (draw.py)
-SCORE_BLOCKS, LOSS_BLOCKS = 2, 4  # temporaries beside a chunk's logits (lm_head.score_rows, head.objective)
+SCORE_BLOCKS = 2  # temporaries beside a chunk's logits (lm_head.score_rows)
+LOSS_BLOCKS = {False: 1, True: 3}  # the same for losses: on a few ids, over the whole vocabulary (head.objective)
+SIGNAL_BLOCKS, SIGNAL_ENTRIES = 5, 8 * BLOCK_ENTRIES  # two models' log-probs and temporaries (signals.full_divergence)
 
 
 @dataclass(frozen=True)

@@ -8,13 +8,17 @@ Units: bytes. Axes: N trained tokens of a step.
 
 from collections.abc import Sequence
 from math import ceil
+from typing import Any
 
+from opdkit.method import Method
 from opdkit.plan.architectures import linear_layers
 from opdkit.plan.counts import samples
 from opdkit.plan.memory import (
     DRAW,
     LOSS_BLOCKS,
     SCORE_BLOCKS,
+    SIGNAL_BLOCKS,
+    SIGNAL_ENTRIES,
     Job,
     Model,
     Part,
@@ -110,20 +114,35 @@ def _score(job: Job) -> tuple[Part, ...]:
         passes.append((job.student, to_keep(job.recipe, job.method, job.student.architecture.vocab).hidden))
     if not passes:
         return ()
-    trained = job.rows() * job.recipe.sampling.max_new_tokens
-    peaks = []
-    for model, full in passes:
-        rehearsal, vocab = job.rehearsal(model), model.architecture.vocab
-        # hidden states of a view are held in parts, joined, and put in order (views.local._join)
-        joined = 2 * trained * rehearsal.hidden_size() if full else 0
-        name = model.architecture.name
-        peaks.append((
-            Part(f"{name} forward pass of {rows} rows", rehearsal.forward(rows, longest - 1), "train.score_tokens"),
-            Part("logits of a chunk", chunk_bytes(vocab, rows * job.recipe.sampling.max_new_tokens, None, 1, SCORE_BLOCKS)),
-            _autocast_copies(job) if model is job.student else Part("", 0),
-            Part("hidden states being joined", joined, "train.prompts_per_step"),
-        ))  # fmt: skip
+    peaks = [alternative for model, full in passes for alternative in _pass(job, model, rows, full)]
+    if any(need.endswith((".full", ".distribution")) for _, need in _needs(job.method)):
+        peaks.append((Part("divergences inside signals", SIGNAL_BLOCKS * SIGNAL_ENTRIES * 4),))
     return (*_whole_student(job), *_kept(job), *max(peaks, key=_total))
+
+
+def _pass(job: Job, model: Model, rows: int, full: bool) -> list[tuple[Part, ...]]:
+    """What scoring with one model holds: in its forward pass, while logits are formed, and while parts are joined."""
+    rehearsal, name, new = job.rehearsal(model), model.architecture.name, job.recipe.sampling.max_new_tokens
+    copies = _autocast_copies(job) if model is job.student else Part("", 0)
+    hidden = rehearsal.hidden_size()
+    logits = chunk_bytes(model.architecture.vocab, rows * new, None, 1, SCORE_BLOCKS)
+    forward = rehearsal.forward(rows, job.counts.longest - 1)
+    states = rows * (job.counts.longest + new) * hidden
+    joined = 2 * job.rows() * new * hidden if full else 0  # in parts, joined, and in order (views.local._join)
+    return [
+        (Part(f"{name} forward pass of {rows} rows", forward, "train.score_tokens"), copies),
+        (
+            Part(f"{name} hidden states of {rows} rows", states, "train.score_tokens"),
+            Part("logits of a chunk", logits),
+            copies,
+        ),
+        (Part(f"{name} hidden states being joined", joined, "train.prompts_per_step"), copies),
+    ]
+
+
+def _needs(method: Method) -> list[tuple[Any, str]]:
+    pieces = [p for term in method.terms for p in (term.signal, term.weight) if p is not None]
+    return [need for p in pieces for need in p.needs]
 
 
 def _kept(job: Job) -> tuple[Part, ...]:
@@ -150,15 +169,12 @@ def _update(job: Job) -> tuple[Part, ...]:
     t, longest, student = job.recipe.train, job.counts.longest, job.student
     in_part = max(1, job.rows() // t.minibatches)
     rows = min(max(1, t.microbatch_tokens // longest), in_part)
-    new = job.recipe.sampling.max_new_tokens
-    passes = job.rehearsal(student).update(rows, longest - 1, min(new, longest - 1), t.gradient_checkpointing)
-    full = {term.loss.teacher for term in job.method.terms}
-    tables = 1 + sum(isinstance(view.support, Full) and name in full for name, view in job.method.views.items())
-    chunk = chunk_bytes(student.architecture.vocab, rows * new, t.head_chunk, tables, LOSS_BLOCKS)
-    parts = [
-        Part(f"forward and backward of {rows} rows", passes, "train.microbatch_tokens"),
-        Part("logits of a chunk", chunk, "train.head_chunk"),
-    ]
+    new = min(job.recipe.sampling.max_new_tokens, longest - 1)
+    read = {term.loss.teacher for term in job.method.terms}
+    tables = 1 + sum(isinstance(view.support, Full) and name in read for name, view in job.method.views.items())
+    logits = chunk_bytes(student.architecture.vocab, rows * new, t.head_chunk, tables, LOSS_BLOCKS[tables > 1])
+    passes = job.rehearsal(student).update(rows, longest - 1, new, logits, t.gradient_checkpointing)
+    parts = [Part(f"forward, loss and backward of {rows} rows", passes, "train.microbatch_tokens")]
     if job.shards > 1:
         parts += _gathered_parts(job, several=in_part > rows)
     return (*_kept(job), *parts)

@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 from opdkit.config import LoraConfig
 from opdkit.head import RowTerm, objective
 from opdkit.losses import CrossEntropy
-from opdkit.models import LanguageModel
+from opdkit.models import LanguageModel, checkpoint_activations
 from opdkit.plan.architectures import Architecture, build, planning_attention
 from opdkit.step import Layout, Step
 
@@ -116,24 +116,28 @@ class Rehearsal:
             hidden = lm.hidden(torch.zeros(1, 2, dtype=torch.long))
             return hidden.shape[-1] * hidden.element_size()
 
-    def update(self, rows: int, tokens: int, trained: int, checkpointing: bool) -> int:
-        """Peak bytes of one micro-batch's forward and backward over [B, T] tokens, `trained` of each row's with a loss.
+    def update(self, rows: int, tokens: int, trained: int, logits: int, checkpointing: bool) -> int:
+        """Peak bytes of one micro-batch's forward, loss and backward over [B, T] tokens, `trained` of each row's with a
+        loss that holds `logits` bytes while it is computed.
 
-        Gradients of parameters exist before it and do not count; logits count for ROWS rows only.
+        Gradients of parameters exist before it and do not count.
         """
 
         def measure(layers: int) -> list[int]:
             with self._model(layers, FUSED, train=True, checkpointing=checkpointing) as lm, self._meter(lm) as meter:
-                _half_way(lm.model, layers, meter)
+                _mark_half_way_back(lm.model, layers, meter)
                 positions = torch.arange(tokens - trained, tokens).repeat(rows)
                 hidden = lm.hidden(torch.zeros(rows, tokens, dtype=torch.long))
                 hidden = hidden[torch.arange(rows).repeat_interleave(trained), positions]
+                meter.mark()
                 loss, _ = objective(hidden[:ROWS], lm.head(), [_row_term(min(ROWS, rows * trained))])
+                meter.peaks[-1] += logits
+                meter.mark()
                 del hidden
                 loss.backward()
             return meter.peaks
 
-        return self._peak(("update", rows, tokens, trained, checkpointing), measure)
+        return self._peak(("update", rows, tokens, trained, logits, checkpointing), measure)
 
     def _peak(self, what: tuple[Any, ...], measure: Callable[[int], list[int]]) -> int:
         """The peak at full depth, measured once for each question."""
@@ -176,7 +180,7 @@ class Rehearsal:
 
                 lm.adapters = attach(model, self.lora, "", name="student", seed=0)
         if checkpointing:
-            model.activation_checkpointing_enable({"use_reentrant": False})
+            checkpoint_activations(model)
         with FakeTensorMode():
             _to_fake(model)
             for p in model.parameters():
@@ -208,16 +212,17 @@ def _by_depth(architecture: Architecture, measure: Callable[[int], list[int]]) -
     return int(max(a + slope * (architecture.layers - few) for a, slope in zip(low, slopes, strict=True)))
 
 
-def _half_way(model: Any, layers: int, meter: Meter) -> None:
-    """Start the meter's second segment when the backward pass has reached the middle layer.
+def _mark_half_way_back(model: Any, layers: int, meter: Meter) -> None:
+    """Start a segment when the backward pass has reached the middle layer.
 
     Before it the peak grows with all that the forward pass saved, after it with what is never freed.
     """
     blocks = next(m for m in model.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == layers)
+    once = iter([meter.mark])  # a checkpointed layer runs twice
 
     def watch(module: Any, args: Any) -> None:
-        if len(meter.peaks) == 1 and args[0].requires_grad:
-            args[0].register_hook(lambda _: meter.mark() if len(meter.peaks) == 1 else None)
+        if args[0].requires_grad:
+            args[0].register_hook(lambda _: next(once, lambda: None)())
 
     blocks[layers // 2].register_forward_pre_hook(watch)
 

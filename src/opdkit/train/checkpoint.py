@@ -62,9 +62,8 @@ def save_checkpoint(
 ) -> Path:
     """Write run/checkpoints/step-NNNNNN, delete all but the `keep` newest, and return the new folder.
 
-    Parameters are stored in the dtype that they have; of a peft.PeftModel only the adapters, as peft stores them.
-    `weights` are the whole ones of a sharded model, `trainer_state` is what `pack` accepts.
-    Raises RunError when the disk is full or the state cannot be stored; earlier checkpoints are then untouched.
+    Stored in the dtype that they have; of a peft.PeftModel only the adapters. `weights`: the whole ones of a sharded model.
+    Raises RunError when the disk is full or `pack` refuses `trainer_state`; earlier checkpoints are then untouched.
     """
     assert keep >= 1, keep
     folder = run.path / "checkpoints"

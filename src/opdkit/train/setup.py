@@ -12,7 +12,7 @@ from opdkit.config import Recipe, nearest
 from opdkit.errors import ModelError, RecipeError
 from opdkit.losses import PolicyGradient
 from opdkit.method import Method
-from opdkit.models import LanguageModel, check_same_vocabulary, load_models
+from opdkit.models import LanguageModel, check_same_vocabulary, checkpoint_activations, load_models
 from opdkit.rollouts.rollout import Rollout
 from opdkit.rollouts.sampler import Keep, Sampling
 from opdkit.rollouts.sources import from_dataset
@@ -96,7 +96,7 @@ def set_up(recipe: Recipe) -> Setup:
         check_context(teacher, recipe.teachers[teacher.name], task.train, recipe.task)
     check_supports(method, student)
     if recipe.train.gradient_checkpointing:
-        student.model.activation_checkpointing_enable({"use_reentrant": False})
+        checkpoint_activations(student.model)
     context = min(lm.context_length for lm in [student, *teachers.values()])
     new = recipe.sampling.max_new_tokens
     train = encode_problems(task.train, student.tokenizer, recipe.task, context, new)
