@@ -182,6 +182,15 @@ def test_epochs_need_the_number_of_problems():
     assert not any("num_train_epochs" in line for line in translate({**TRL, "train": {"steps": 7}}).lines)
 
 
+@pytest.mark.parametrize(("mode", "estimator"), [("k3", "k3"), ("low_var_kl", "k3"), ("mse", "k2"), ("abs", "abs")])
+def test_verl_estimators_that_are_differentiated(mode, estimator):
+    loss = {"loss_mode": mode, "use_task_rewards": False}
+    data = {"peer": "verl", "distillation": {"enabled": True, "distillation_loss": loss,
+            "teacher_models": {"any": {"model_path": "t"}}}}  # fmt: skip
+    got = ours(data)
+    assert (got["method.name"], got["method.estimator"]) == ("sampled_kl", estimator)
+
+
 def test_verl_cuts_a_rollout_batch_into_updates():
     data = {"peer": "verl", "data": {"train_files": "x.parquet", "train_batch_size": 64},
             "actor_rollout_ref": {"model": {"path": "s"}, "actor": {"ppo_mini_batch_size": 16, "clip_ratio": 0.1,

@@ -55,6 +55,9 @@ TABLE = [
     case("full_opd"),
     *(case("full_opd", exact=kind, kind=kind) for kind in KINDS),
     case("full_opd", exact=("alpha", 0.5, 0.3), kind="alpha", alpha=0.3),
+    case("sampled_kl", exact="forward_kl"),
+    case("sampled_kl", estimator="k2"),
+    case("sampled_kl", exact=None, estimator="abs"),
     case("topk_opd", exact=None),
     *(case("topk_opd", exact=None, k=8, of=of, by=by)
       for of in ("student", "teacher", "union", "intersection", "difference") for by in ("student", "teacher", "uniform")),
