@@ -9,6 +9,7 @@ from opdkit.method import Method
 from opdkit.plan.architectures import Architecture
 from opdkit.sources import OnPolicy, Replay
 from opdkit.tasks.load import check_settings, load_task
+from opdkit.tasks.problem import Problem
 from opdkit.tasks.prompts import encode_problems
 from opdkit.train.setup import split_prompts
 
@@ -22,6 +23,7 @@ class Data:
     held_out: int | None = None
     dropped: int = 0  # prompts over the limit
     encoded: bool = False  # whether the prompts were read with the student's tokenizer
+    first: Problem | None = None  # of the training problems
 
 
 @dataclass(frozen=True)
@@ -81,11 +83,11 @@ def _data(recipe: Recipe, method: Method, student: Architecture, context: int) -
         raise RecipeError(f"method {method.name} learns from rewards, but task '{task.name}' has no verifier; "
                           "give the data an answer column or set task.verifier")  # fmt: skip
     if student.tokenizer is None:
-        return Data(task.name, len(task.train), len(task.eval))
+        return Data(task.name, len(task.train), len(task.eval), first=task.train[0])
     new = recipe.sampling.max_new_tokens
     train = encode_problems(task.train, student.tokenizer, config, context, new)
     held_out = encode_problems(task.eval, student.tokenizer, config, context, recipe.eval.max_new_tokens or new)
-    return Data(task.name, len(train), len(held_out), train.dropped, True)
+    return Data(task.name, len(train), len(held_out), train.dropped, True, train.problems[0])
 
 
 def is_here(config: TaskConfig) -> bool:

@@ -87,7 +87,7 @@ def _decoding(
     for model in models:
         rehearsal, name = job.rehearsal(model), model.architecture.name
         sizes = rehearsal.cache()
-        cache = Part(f"{name} key-value cache of {wave} rows", cache_bytes(model.architecture, wave, prompt, new, sizes),
+        cache = Part(f"{name} key-value cache of {_rows(wave)}", cache_bytes(model.architecture, wave, prompt, new, sizes),
                      "sampling.max_rows")  # fmt: skip
         # a wave's records exist three times while they are put in order (sampler._Recorder), when no token is drawn
         step = max(
@@ -95,7 +95,7 @@ def _decoding(
         )
         writing += [cache, Part(f"{name} decoding step", step, "sampling.max_rows")]
         first = rehearsal.forward(prompts, prompt) + cache_bytes(model.architecture, prompts, prompt, 0, sizes)
-        reading.append(Part(f"{name} reading {prompts} prompts", first, "sampling.max_rows"))
+        reading.append(Part(f"{name} reading {prompts} prompt{'s' * (prompts > 1)}", first, "sampling.max_rows"))
     return (*max(reading, writing, key=_total), records)
 
 
@@ -114,29 +114,32 @@ def _score(job: Job) -> tuple[Part, ...]:
         passes.append((job.student, to_keep(job.recipe, job.method, job.student.architecture.vocab).hidden))
     if not passes:
         return ()
-    peaks = [alternative for model, full in passes for alternative in _pass(job, model, rows, full)]
+    peaks = [
+        alternative for model, full in passes for alternative in _pass(job, model, rows, job.rows() if full else 0)
+    ]
     if any(need.endswith((".full", ".distribution")) for _, need in _needs(job.method)):
         peaks.append((Part("divergences inside signals", SIGNAL_BLOCKS * SIGNAL_ENTRIES * 4),))
     return (*_whole_student(job), *_kept(job), *max(peaks, key=_total))
 
 
-def _pass(job: Job, model: Model, rows: int, full: bool) -> list[tuple[Part, ...]]:
-    """What scoring with one model holds: in its forward pass, while logits are formed, and while parts are joined."""
+def _pass(job: Job, model: Model, rows: int, joined: int) -> list[tuple[Part, ...]]:
+    """What scoring with one model holds: in its forward pass of some rows, while logits are formed, and while the hidden
+    states of `joined` rows exist in parts, joined, and in order (views.local._join)."""
     rehearsal, name, new = job.rehearsal(model), model.architecture.name, job.recipe.sampling.max_new_tokens
     copies = _autocast_copies(job) if model is job.student else Part("", 0)
     hidden = rehearsal.hidden_size()
     logits = chunk_bytes(model.architecture.vocab, rows * new, None, 1, SCORE_BLOCKS)
     forward = rehearsal.forward(rows, job.counts.longest - 1)
     states = rows * (job.counts.longest + new) * hidden
-    joined = 2 * job.rows() * new * hidden if full else 0  # in parts, joined, and in order (views.local._join)
+    states_of_all = 2 * joined * new * hidden
     return [
-        (Part(f"{name} forward pass of {rows} rows", forward, "train.score_tokens"), copies),
+        (Part(f"{name} forward pass of {_rows(rows)}", forward, "train.score_tokens"), copies),
         (
-            Part(f"{name} hidden states of {rows} rows", states, "train.score_tokens"),
+            Part(f"{name} hidden states of {_rows(rows)}", states, "train.score_tokens"),
             Part("logits of a chunk", logits),
             copies,
         ),
-        (Part(f"{name} hidden states being joined", joined, "train.prompts_per_step"), copies),
+        (Part(f"{name} hidden states being joined", states_of_all, "train.prompts_per_step"), copies),
     ]
 
 
@@ -174,7 +177,7 @@ def _update(job: Job) -> tuple[Part, ...]:
     tables = 1 + sum(isinstance(view.support, Full) and name in read for name, view in job.method.views.items())
     logits = chunk_bytes(student.architecture.vocab, rows * new, t.head_chunk, tables, LOSS_BLOCKS[tables > 1])
     passes = job.rehearsal(student).update(rows, longest - 1, new, logits, t.gradient_checkpointing)
-    parts = [Part(f"forward, loss and backward of {rows} rows", passes, "train.microbatch_tokens")]
+    parts = [Part(f"forward, loss and backward of {_rows(rows)}", passes, "train.microbatch_tokens")]
     if job.shards > 1:
         parts += _gathered_parts(job, several=in_part > rows)
     return (*_kept(job), *parts)
@@ -210,19 +213,38 @@ def _autocast_copies(job: Job) -> Part:
 
 
 def _evaluate(job: Job) -> tuple[Part, ...]:
-    """Sampling to the held-out problems: the student, or a teacher if that is more."""
+    """Sampling to the held-out problems, by the student or by the teacher that needs most, or the exact reverse KL."""
     e, longest = job.recipe.eval, job.counts.longest
-    if job.recipe.task.verifier == "none":
-        return ()
-    new = e.max_new_tokens or job.recipe.sampling.max_new_tokens
     prompt = longest - job.recipe.sampling.max_new_tokens
-    rows = ceil(job.recipe.task.eval_size / job.gpus) * e.samples
-    teachers = [t for t in job.teachers.values() if e.teacher and not t.shared]
-    found = [
-        _decoding(job, [model], rows, e.samples, prompt, new, record_bytes(1, 0)) for model in [job.student, *teachers]
-    ]
-    return (*_whole_student(job), *max(found, key=_total))
+    found: list[tuple[Part, ...]] = [()]
+    if job.recipe.task.verifier != "none":
+        new = e.max_new_tokens or job.recipe.sampling.max_new_tokens
+        rows = ceil(job.recipe.task.eval_size / job.gpus) * e.samples
+        models = [job.student, *(t for t in job.teachers.values() if e.teacher and not t.shared)]
+        found += [_decoding(job, [model], rows, e.samples, prompt, new, record_bytes(1, 0)) for model in models]
+    if e.kl_prompts and job.teachers:
+        found += _exact_kl(job, ceil(e.kl_prompts / job.gpus))
+    most = max(found, key=_total)
+    return (*_whole_student(job), *most) if most else ()
+
+
+def _exact_kl(job: Job, rows: int) -> list[tuple[Part, ...]]:
+    """train.evaluate.held_out_kl: the student's samples, and every teacher's hidden states on them."""
+    new, longest = job.recipe.sampling.max_new_tokens, job.counts.longest
+    record = record_bytes(1, job.rehearsal(job.student).hidden_size())
+    kept = Part("records and the student's view", 2 * rows * new * record, "eval.kl_prompts")
+    found = [_decoding(job, [job.student], rows, 1, longest - new, new, record)]
+    together = min(max(1, job.recipe.train.score_tokens // longest), rows)
+    for teacher in job.teachers.values():
+        hidden = Part(f"{teacher.architecture.name} hidden states", rows * new * job.rehearsal(teacher).hidden_size(),
+                      "eval.kl_prompts")  # fmt: skip
+        found += [(kept, hidden, *parts) for parts in _pass(job, teacher, together, rows)]
+    return found
 
 
 def _total(parts: Sequence[Part]) -> int:
     return sum(part.bytes for part in parts)
+
+
+def _rows(count: int) -> str:
+    return f"{count} row{'s' * (count > 1)}"

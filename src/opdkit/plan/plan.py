@@ -18,6 +18,7 @@ from opdkit.plan.counts import Counts, count
 from opdkit.plan.hardware import Gpu, find_gpu
 from opdkit.plan.memory import Job, Model, Phase
 from opdkit.plan.phases import phases
+from opdkit.tasks.contexts import check_context, describe_difference
 from opdkit.train.processes import Processes
 from opdkit.train.setup import check_processes, check_recipe, check_supports
 
@@ -77,11 +78,12 @@ def plan(recipe: Recipe, gpu: str = "H100-80GB", gpus: int | None = None) -> Pla
     check_processes(recipe, method, Processes(0, gpus, torch.device("cpu")))
     student = _model(recipe.student, "student", recipe)
     teachers = {name: _teacher(config, name, student, recipe) for name, config in recipe.teachers.items()}
-    _check_together(method, student, teachers)
+    seen = {m.architecture.name: _language_model(m) for m in (student, *teachers.values())}
+    _check_together(recipe, method, seen)
     context = min(m.architecture.context for m in (student, *teachers.values()))
     counts = count(recipe, method, student.architecture, context)
     job = Job(recipe, method, counts, student, teachers, gpus)
-    return Plan(job, hardware, phases(job), tuple(_notes(job, context)))
+    return Plan(job, hardware, phases(job), (*_notes(job, context), *_prompts(recipe, counts, seen)))
 
 
 def _model(settings: ModelConfig, name: str, recipe: Recipe | None) -> Model:
@@ -110,20 +112,33 @@ def _teacher(settings: ModelConfig, name: str, student: Model, recipe: Recipe) -
     return Model(base, student.meta, student.parameters - student.trained, 0, 0, 0, shared=True)
 
 
-def _check_together(method: Method, student: Model, teachers: dict[str, Model]) -> None:
+def _check_together(recipe: Recipe, method: Method, models: dict[str, LanguageModel]) -> None:
     """Raise ModelError for a support larger than the vocabulary, and for unlike tokenizers where both are here."""
-    ours = _language_model(student)
-    check_supports(method, ours)
-    for teacher in teachers.values():
-        if ours.tokenizer is not None and teacher.architecture.tokenizer is not None:
-            check_same_vocabulary(ours, _language_model(teacher))
+    student = models["student"]
+    check_supports(method, student)
+    for name in recipe.teachers:
+        if student.tokenizer is not None and models[name].tokenizer is not None:
+            check_same_vocabulary(student, models[name])
 
 
 def _language_model(model: Model) -> LanguageModel:
+    """A model as the engine's checks read it, without weights."""
     a = model.architecture
     lm = LanguageModel(a.name, a.settings.path, model.meta, a.tokenizer)
     lm._vocab = a.vocab
     return lm
+
+
+def _prompts(recipe: Recipe, counts: Counts, models: dict[str, LanguageModel]) -> list[str]:
+    """Notes on teachers that read another prompt, where data and tokenizers are here. Raises as a run would."""
+    problem, config = counts.data.first, recipe.teachers
+    readers = {n: lm for n, lm in models.items() if n in config and lm.tokenizer and config[n].template == "own"}
+    if problem is None or not readers or models["student"].tokenizer is None:
+        return []
+    for name, lm in readers.items():
+        check_context(lm, config[name], [problem], recipe.task)
+    ends = recipe.sampling.eos_ids
+    return describe_difference(models["student"], readers, config, problem, recipe.task, ends).splitlines()
 
 
 def _notes(job: Job, context: int) -> list[str]:

@@ -28,7 +28,7 @@ from opdkit.plan.architectures import Architecture, build, planning_attention
 from opdkit.step import Layout, Step
 
 FUSED = "opdkit_fused"  # sdpa as it runs without a mask
-_MEASURED: dict[tuple[Any, ...], int] = {}  # advice asks the same questions again
+_MEASURED: dict[tuple[Any, ...], Any] = {}  # advice asks the same questions again
 ROWS = 4  # rows whose logits the rehearsed loss forms; `memory` adds the chunk's logits
 
 
@@ -83,7 +83,7 @@ class Rehearsal:
                 del kept
             return meter.peaks
 
-        return self._peak(("forward", rows, tokens), measure)
+        return self._peak(("forward", rows, tokens), measure, grows=False)
 
     def decode(self, rows: int, tokens: int) -> int:
         """Peak bytes of one decoding step beside the cache: B rows that have read T tokens, prompts of unlike length."""
@@ -100,21 +100,29 @@ class Rehearsal:
                     )
             return meter.peaks
 
-        return self._peak(("decode", rows, tokens), measure)
+        return self._peak(("decode", rows, tokens), measure, grows=False)
 
     def cache(self) -> tuple[int, int]:
         """Bytes of one number in the keys and in the values of the cache."""
-        with self._model(min(2, self.architecture.layers), "sdpa" if self._fused else "eager", train=False) as lm:
-            with torch.no_grad(), self._autocast():
-                cache, _ = _read_prompts(lm, 1, 4)
-            layer = cache.layers[0]
-            return layer.keys.element_size(), layer.values.element_size()
+
+        def look() -> tuple[int, int]:
+            with self._model(self._few, "sdpa", train=False) as lm, torch.no_grad(), self._autocast():
+                layer = _read_prompts(lm, 1, 4)[0].layers[0]
+                return layer.keys.element_size(), layer.values.element_size()
+
+        found: tuple[int, int] = self._once(("cache",), look)
+        return found
 
     def hidden_size(self) -> int:
         """Bytes of one last hidden state."""
-        with self._model(min(2, self.architecture.layers), FUSED, train=False) as lm, torch.no_grad(), self._autocast():
-            hidden = lm.hidden(torch.zeros(1, 2, dtype=torch.long))
-            return hidden.shape[-1] * hidden.element_size()
+
+        def look() -> int:
+            with self._model(self._few, FUSED, train=False) as lm, torch.no_grad(), self._autocast():
+                hidden = lm.hidden(torch.zeros(1, 2, dtype=torch.long))
+                return int(hidden.shape[-1] * hidden.element_size())
+
+        found: int = self._once(("hidden",), look)
+        return found
 
     def update(self, rows: int, tokens: int, trained: int, logits: int, checkpointing: bool) -> int:
         """Peak bytes of one micro-batch's forward, loss and backward over [B, T] tokens, `trained` of each row's with a
@@ -139,21 +147,23 @@ class Rehearsal:
 
         return self._peak(("update", rows, tokens, trained, logits, checkpointing), measure)
 
-    def _peak(self, what: tuple[Any, ...], measure: Callable[[int], list[int]]) -> int:
-        """The peak at full depth, measured once for each question."""
+    def _peak(self, what: tuple[Any, ...], measure: Callable[[int], list[int]], *, grows: bool = True) -> int:
+        """The peak at full depth; a pass that keeps nothing of its layers does not grow with their number."""
+        found: int = self._once(what, lambda: _by_depth(self.architecture, measure, grows))
+        return found
+
+    def _once(self, what: tuple[Any, ...], look: Callable[[], Any]) -> Any:
+        """The answer to a question, looked up once."""
         a = self.architecture
-        key = (
-            a.config.to_json_string(use_diff=False),
-            a.settings.dtype,
-            a.settings.attn,
-            a.vocab,
-            self.precision,
-            self.lora,
-        )
-        key = (repr(key), *what)
+        model = (a.config.to_json_string(use_diff=False), a.settings.dtype, a.settings.attn, a.vocab)
+        key = (repr((model, self.precision, self.lora)), *what)
         if key not in _MEASURED:
-            _MEASURED[key] = _by_depth(a, measure)
+            _MEASURED[key] = look()
         return _MEASURED[key]
+
+    @property
+    def _few(self) -> int:
+        return 1
 
     @property
     def _fused(self) -> bool:
@@ -200,16 +210,16 @@ class Rehearsal:
         return torch.autocast("cpu", dtype, enabled=self.precision != "fp32")
 
 
-def _by_depth(architecture: Architecture, measure: Callable[[int], list[int]]) -> int:
+def _by_depth(architecture: Architecture, measure: Callable[[int], list[int]], grows: bool) -> int:
     """The peak at the full depth, from two small depths: each segment's peak is linear in the number of layers."""
     types = getattr(architecture.text, "layer_types", None) or [""]
     period = next(p for p in range(1, len(types) + 1) if all(t == types[i % p] for i, t in enumerate(types)))
-    few = max(2, period)
-    if architecture.layers <= 2 * few:
-        return max(measure(architecture.layers))
+    layers, few = architecture.layers, period
+    if not grows or layers <= 2 * few:
+        return max(measure(layers if grows else min(few, layers)))
     low, high = measure(few), measure(2 * few)
     slopes = [(b - a) / few for a, b in zip(low, high, strict=True)]
-    return int(max(a + slope * (architecture.layers - few) for a, slope in zip(low, slopes, strict=True)))
+    return int(max(a + slope * (layers - few) for a, slope in zip(low, slopes, strict=True)))
 
 
 def _mark_half_way_back(model: Any, layers: int, meter: Meter) -> None:

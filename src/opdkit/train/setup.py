@@ -132,7 +132,7 @@ def check_processes(recipe: Recipe, method: Method, processes: Processes) -> Non
     if t.sharding != "none":
         if processes.count == 1:
             raise RecipeError(f"train.sharding = {t.sharding} has no effect with one process; start several, as in "
-                              "`accelerate launch --num_processes 2 -m opdkit train ...`, or remove it")  # fmt: skip
+                              "`torchrun --nproc_per_node 2 -m opdkit train ...`, or remove it")  # fmt: skip
         if recipe.student.quantize != "none" or t.precision == "fp16":
             raise RecipeError("train.sharding = fsdp2 works with neither a quantised student nor precision fp16; use "
                               "student.dtype / train.precision bf16 or fp32")  # fmt: skip
