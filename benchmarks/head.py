@@ -28,8 +28,9 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from opdkit.divergences import divergence
 from opdkit.head import Head, HeadRows, RowTerm, objective, score_rows
-from opdkit.losses import Divergence, PolicyGradient, divergence
+from opdkit.losses import Divergence, PolicyGradient
 from opdkit.step import Candidates, Layout, Scores, Step
 
 D, K, CHECKPOINT_CHUNK, ERROR_ROWS = 256, 64, 256, 64

@@ -18,13 +18,13 @@ from opdkit.losses import (
     ClippedPolicyGradient,
     Divergence,
     Entropy,
-    Loss,
     PolicyGradient,
     SampledDivergence,
     SupportPolicyGradient,
 )
 from opdkit.method import Method, Term, View
 from opdkit.pieces import Piece, minus
+from opdkit.rows import Loss
 from opdkit.signals import expected_log_ratio, log_ratio, outcome, support_gap
 from opdkit.step import Layout
 from opdkit.support import Full, Sampled, Support, TopK

@@ -14,7 +14,7 @@ import torch
 from synthetic import expected_gradient, logit_gradient, logits, make_step
 
 from opdkit.catalogue import build_method, method_names
-from opdkit.losses import divergence
+from opdkit.divergences import divergence
 from opdkit.method import Method
 
 V = 50

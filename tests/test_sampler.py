@@ -8,9 +8,9 @@ import torch
 from conftest import make_tokenizer
 
 from opdkit.config import ModelConfig
+from opdkit.divergences import NO_MASS
 from opdkit.errors import DataError, ModelError, NonFiniteError, RecipeError
 from opdkit.head import Head
-from opdkit.losses import NO_MASS
 from opdkit.models import LanguageModel, load_model
 from opdkit.rollouts.cache import BufferLayer
 from opdkit.rollouts.decoder import compaction

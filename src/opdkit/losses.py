@@ -18,25 +18,17 @@ from jaxtyping import Float
 from torch import Tensor
 
 from opdkit.divergences import (
-    NO_MASS,
     Kind,
     Tail,
     above,
     check_divergence,
-    divergence,
     entries,
-    log_mixture,
     on_support,
 )
 from opdkit.ratios import LOG_RATIO_LIMIT, check_clip, clipped, ratio
-from opdkit.rows import Loss, Over, StudentRows
+from opdkit.rows import Over, StudentRows
 from opdkit.step import Step
 from opdkit.values import Value
-
-__all__ = [
-    "NO_MASS", "ClippedPolicyGradient", "CrossEntropy", "Divergence", "Entropy", "Kind", "Loss", "PolicyGradient",
-    "SampledDivergence", "StudentRows", "SupportPolicyGradient", "divergence", "log_mixture", "on_support",
-]  # fmt: skip
 
 Estimator = Literal["k2", "k3", "abs"]
 

@@ -9,9 +9,10 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, runtime_checkable
 
 from opdkit.errors import MethodError
-from opdkit.losses import Divergence, Loss, PolicyGradient
+from opdkit.losses import Divergence, PolicyGradient
 from opdkit.pieces import Piece
 from opdkit.reduction import Reduction
+from opdkit.rows import Loss
 from opdkit.serialise import decode, encode, register
 from opdkit.sources import OnPolicy, Source
 from opdkit.support import Full, Sampled, Support, TopK

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from opdkit.losses import NO_MASS
+from opdkit.divergences import NO_MASS
 from opdkit.rollouts.rollout import Rollout
 from opdkit.step import Scores, Step
 

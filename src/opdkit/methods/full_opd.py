@@ -9,7 +9,8 @@ Default: the reverse KL, the paper's.
 Left out: the dependence of later prefixes on earlier tokens, as in all token-level OPD.
 """
 
-from opdkit.losses import Divergence, Kind
+from opdkit.divergences import Kind
+from opdkit.losses import Divergence
 from opdkit.method import Method, Term, View
 from opdkit.support import Full
 

@@ -11,7 +11,8 @@ it is read. `row_max` (nats) cuts a token's loss, and its gradient, as verl's lo
 Defaults: k = 16 of the student (released script), reverse KL.
 """
 
-from opdkit.losses import Divergence, Kind, Tail
+from opdkit.divergences import Kind
+from opdkit.losses import Divergence, Tail
 from opdkit.method import Method, Term, View
 from opdkit.support import Of, TopK
 
