@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -385,3 +386,18 @@ def test_browser_theme_and_hostile_text(page: Page) -> None:
     assert page.evaluate("window.hacked") is None
     assert page.locator("img").count() == 0
     assert HOSTILE in page.locator("#setup").inner_text()
+
+
+def test_several_teachers_have_a_reverse_kl_each(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    rows = [evaluation(step, "student", 0.5, 0.03) | {"reverse_kl/tutor": 0.4 / (step + 1), "reverse_kl_se/tutor": 0.05,
+            "reverse_kl/reference": 0.1 * step} for step in (0, 3)]  # fmt: skip
+    (run / "evals.jsonl").write_text(lines(rows))
+    page = write_report(run).read_text()
+    for tutor, reference in ((r"0\.40*", "0"), (r"0\.10*", r"0\.30*")):
+        cell = rf"<small>tutor</small> {tutor}<span class=\"error\"> ± 0\.050?</span><br><small>reference</small> {reference}"
+        assert re.search(cell, page)
+    found = {s.name: (s.x, s.y, s.error) for part in build_charts(read_run(run)).values()
+             for c in part if c.title == "Held-out reverse KL" for s in c.series}  # fmt: skip
+    assert found["to tutor"] == ((0.0, 3.0), (0.4, 0.1), (0.05, 0.05))
+    assert found["to reference"] == ((0.0, 3.0), (0.0, pytest.approx(0.3)), (0.0, 0.0))

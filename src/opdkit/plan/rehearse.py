@@ -163,7 +163,7 @@ class Rehearsal:
 
     @property
     def _few(self) -> int:
-        return 1
+        return min(2, self.architecture.layers)
 
     @property
     def _fused(self) -> bool:
@@ -214,11 +214,11 @@ def _by_depth(architecture: Architecture, measure: Callable[[int], list[int]], g
     """The peak at the full depth, from two small depths: each segment's peak is linear in the number of layers."""
     types = getattr(architecture.text, "layer_types", None) or [""]
     period = next(p for p in range(1, len(types) + 1) if all(t == types[i % p] for i, t in enumerate(types)))
-    layers, few = architecture.layers, period
-    if not grows or layers <= 2 * few:
+    layers, few = architecture.layers, max(2, period)
+    if not grows or layers <= few + period:
         return max(measure(layers if grows else min(few, layers)))
-    low, high = measure(few), measure(2 * few)
-    slopes = [(b - a) / few for a, b in zip(low, high, strict=True)]
+    low, high = measure(few), measure(few + period)
+    slopes = [(b - a) / period for a, b in zip(low, high, strict=True)]
     return int(max(a + slope * (layers - few) for a, slope in zip(low, slopes, strict=True)))
 
 

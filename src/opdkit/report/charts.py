@@ -123,23 +123,28 @@ def _series(run: RunData, line: Line, smooth: bool) -> Series:
 
 def _eval_series(run: RunData, curve: Curve) -> list[Series]:
     """The student's evaluations with errors and, for accuracy, a flat line for each teacher (evaluated once)."""
-    accuracy = curve.lines[0].key == "accuracy"
-    student = [
-        (e.step, e.accuracy if accuracy else e.reverse_kl, e.accuracy_se if accuracy else e.reverse_kl_se)
-        for e in run.evals
-        if e.who == STUDENT
-    ]
-    points = [(float(step), value, error or 0.0) for step, value, error in student if value is not None]
+    student = [e for e in run.evals if e.who == STUDENT]
+    if curve.lines[0].key != "accuracy":
+        names = list(dict.fromkeys(name for e in student for name in e.kls))
+        colours = ["student", *FURTHER, *["soft"] * len(names)]
+        every = [[(float(e.step), *e.kls[name]) for e in student if name in e.kls] for name in names]
+        return [_with_errors(f"to {n}" if n else curve.lines[0].name, c, p)
+                for n, c, p in zip(names, colours, every, strict=False)]  # fmt: skip
+    points = [(float(e.step), e.accuracy, e.accuracy_se) for e in student if e.accuracy is not None]
     if not points:
         return []
-    x, y, error = zip(*points, strict=True)
-    series = [Series(curve.lines[0].name, "student", "solid", x, y, error=error)]
-    if accuracy:
-        teachers = {e.who: e.accuracy for e in run.evals if e.who != STUDENT and e.accuracy is not None}
-        for i, (name, value) in enumerate(teachers.items()):
-            colour = "teacher" if i == 0 else FURTHER[min(i - 1, len(FURTHER) - 1)]
-            series.append(Series(name, colour, "dash", (x[0], x[-1]), (value, value)))
+    series = [_with_errors(curve.lines[0].name, "student", points)]
+    x = series[0].x
+    teachers = {e.who: e.accuracy for e in run.evals if e.who != STUDENT and e.accuracy is not None}
+    for i, (name, value) in enumerate(teachers.items()):
+        colour = "teacher" if i == 0 else FURTHER[min(i - 1, len(FURTHER) - 1)]
+        series.append(Series(name, colour, "dash", (x[0], x[-1]), (value, value)))
     return series
+
+
+def _with_errors(name: str, colour: str, points: Sequence[tuple[float, float, float | None]]) -> Series:
+    x, y, error = zip(*points, strict=True)
+    return Series(name, colour, "solid", x, y, error=tuple(e or 0.0 for e in error))
 
 
 def thin(values: Sequence[float], most: int) -> list[float]:

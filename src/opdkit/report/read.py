@@ -67,6 +67,15 @@ class Evaluation(Record):
     response_length: float | None = None
     clipped_share: float | None = None
 
+    @property
+    def kls(self) -> dict[str, tuple[float, float | None]]:
+        """Teacher -> (reverse KL to it, standard error); the name is empty where there is only one teacher."""
+        if self.reverse_kl is not None:
+            return {"": (self.reverse_kl, self.reverse_kl_se)}
+        extra = self.model_extra or {}
+        names = [key.removeprefix("reverse_kl/") for key in extra if key.startswith("reverse_kl/")]
+        return {name: (extra[f"reverse_kl/{name}"], extra.get(f"reverse_kl_se/{name}")) for name in names}
+
 
 class Token(Record):
     """One token of a kept rollout: log-probs, signal and entropy in nats, top lists as (text, probability)."""
