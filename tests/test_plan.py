@@ -25,7 +25,7 @@ from opdkit.plan.rehearse import Rehearsal, _row_term
 from opdkit.rollouts.decoder import Decoder
 from opdkit.train.optimise import make_optimizer
 
-RECIPES = sorted(Path("src/opdkit/recipes/gpu").glob("*.yaml"))
+RECIPES = sorted((Path(__file__).parent.parent / "src/opdkit/recipes/gpu").glob("*.yaml"))
 SMALL = BASE | dict(hidden_size=96, intermediate_size=256, num_hidden_layers=5, head_dim=32, num_attention_heads=4)
 GIB = 2**30
 

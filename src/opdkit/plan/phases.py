@@ -58,28 +58,26 @@ def _resident(job: Job) -> tuple[Part, ...]:
 def _sample(job: Job) -> tuple[Part, ...]:
     s, rows = job.recipe.sampling, sum(job.rows(name) for name in job.counts.rollouts if samples(job.method, name))
     parts: tuple[Part, ...] = ()
-    new, prompt = s.max_new_tokens, job.counts.longest - s.max_new_tokens
+    new = s.max_new_tokens
     if rows:
         keep = to_keep(job.recipe, job.method, job.student.architecture.vocab)
         record = record_bytes(keep.top_k, job.rehearsal(job.student).hidden_size() if keep.hidden else 0)
         mixed = [src.mixed_with for src in job.method.rollouts.values() if isinstance(src, OnPolicy) and src.mixed_with]
         models = [job.student, *(job.teachers[name] for name in mixed)]
-        parts = _decoding(job, models, rows, s.group, prompt, new, record)
+        parts = _decoding(job, models, rows, s.group, new, record)
         parts = (*_whole_student(job), *parts)
     for source in job.method.rollouts.values():
         if isinstance(source, TeacherSamples):
             teacher = job.teachers[source.teacher]
             count = ceil(job.counts.prompts / job.gpus)
-            answers = _decoding(job, [teacher], count, 1, prompt, new, record_bytes(1, 0))
+            answers = _decoding(job, [teacher], count, 1, new, record_bytes(1, 0))
             parts = max(parts, answers, key=_total)
     return parts
 
 
-def _decoding(
-    job: Job, models: list[Model], rows: int, group: int, prompt: int, new: int, record: int
-) -> tuple[Part, ...]:
+def _decoding(job: Job, models: list[Model], rows: int, group: int, new: int, record: int) -> tuple[Part, ...]:
     """Sampling `rows` responses with one model, or with several in lock-step: the larger of prompts and tokens."""
-    most = job.recipe.sampling.max_rows
+    most, prompt = job.recipe.sampling.max_rows, job.counts.longest - job.recipe.sampling.max_new_tokens
     wave = min(rows, max(most // group * group, min(most, group)))
     prompts = ceil(wave / group)
     records = Part("records of the step's samples", rows * new * record, "train.prompts_per_step")
@@ -214,14 +212,13 @@ def _autocast_copies(job: Job) -> Part:
 
 def _evaluate(job: Job) -> tuple[Part, ...]:
     """Sampling to the held-out problems, by the student or by the teacher that needs most, or the exact reverse KL."""
-    e, longest = job.recipe.eval, job.counts.longest
-    prompt = longest - job.recipe.sampling.max_new_tokens
+    e = job.recipe.eval
     found: list[tuple[Part, ...]] = [()]
     if job.recipe.task.verifier != "none":
         new = e.max_new_tokens or job.recipe.sampling.max_new_tokens
         rows = ceil(job.recipe.task.eval_size / job.gpus) * e.samples
         models = [job.student, *(t for t in job.teachers.values() if e.teacher and not t.shared)]
-        found += [_decoding(job, [model], rows, e.samples, prompt, new, record_bytes(1, 0)) for model in models]
+        found += [_decoding(job, [model], rows, e.samples, new, record_bytes(1, 0)) for model in models]
     if e.kl_prompts and job.teachers:
         found += _exact_kl(job, ceil(e.kl_prompts / job.gpus))
     most = max(found, key=_total)
@@ -233,7 +230,7 @@ def _exact_kl(job: Job, rows: int) -> list[tuple[Part, ...]]:
     new, longest = job.recipe.sampling.max_new_tokens, job.counts.longest
     record = record_bytes(1, job.rehearsal(job.student).hidden_size())
     kept = Part("records and the student's view", 2 * rows * new * record, "eval.kl_prompts")
-    found = [_decoding(job, [job.student], rows, 1, longest - new, new, record)]
+    found = [_decoding(job, [job.student], rows, 1, new, record)]
     together = min(max(1, job.recipe.train.score_tokens // longest), rows)
     for teacher in job.teachers.values():
         hidden = Part(f"{teacher.architecture.name} hidden states", rows * new * job.rehearsal(teacher).hidden_size(),

@@ -136,7 +136,7 @@ def make_step(setup: Setup, source: str, rollouts: list[Rollout], step: int, sta
     with setup.autocast():
         missing = "student" not in views and setup.method.reads_student(source)
         if missing or (r.sampling.rescore and "student" in views):
-            support = Full() if setup.needs_student_head else Sampled()
+            support = Full() if setup.keep.hidden else Sampled()
             views["student"] = score(student, rollouts, flat, support, budget=budget, top_k=setup.keep.top_k)
             flat = replace(flat, views=views)
         for name, view in setup.method.views.items():

@@ -17,12 +17,13 @@ from opdkit.rollouts.rollout import Rollout
 from opdkit.rollouts.sampler import Keep, Sampling
 from opdkit.rollouts.sources import from_dataset
 from opdkit.sources import Dataset, OnPolicy, Replay
-from opdkit.support import Full, TopK
+from opdkit.support import TopK
 from opdkit.tasks.contexts import check_context, describe_difference, reread
 from opdkit.tasks.load import load_task
 from opdkit.tasks.problem import Task
 from opdkit.tasks.prompts import PROBE, EncodedProblems, encode_problems
 from opdkit.tasks.rows import prompt_key
+from opdkit.train.keep import to_keep
 from opdkit.train.optimise import updates_per_step
 from opdkit.train.processes import Processes
 
@@ -60,21 +61,7 @@ class Setup:
     @property
     def keep(self) -> Keep:
         """What the sampler must record so that no view needs the student again."""
-        supports = [view.support for view in self.method.views.values()]
-        ks = [s.k for s in supports if isinstance(s, TopK) and s.of != "teacher"]
-        vocab = self.student.head().size
-        return Keep(min(vocab, max([self.recipe.log.top_k, *ks])), self.needs_student_head)
-
-    @property
-    def needs_student_head(self) -> bool:
-        """Whether a signal or a candidate set asks for student log-probs that the sampler's top-k list lacks."""
-        views = self.method.views
-        chosen = any(
-            isinstance(v.support, TopK) and v.support.of not in ("student", "intersection") for v in views.values()
-        )
-        pieces = [p for term in self.method.terms for p in (term.signal, term.weight) if p is not None]
-        read = {need.split(".")[0] for p in pieces for _, need in p.needs if need.endswith((".distribution", ".full"))}
-        return chosen or any(isinstance(views[name].support, Full) for name in read)
+        return to_keep(self.recipe, self.method, self.student.head().size)
 
 
 def set_up(recipe: Recipe) -> Setup:
