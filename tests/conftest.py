@@ -55,6 +55,15 @@ def teacher_path(tmp_path_factory) -> str:
     return make_model(tmp_path_factory.mktemp("teacher"), seed=2, layers=3)
 
 
+@pytest.fixture(scope="module")
+def lm(student_path):
+    """The tiny student, loaded anew for every file of tests."""
+    from opdkit.config import ModelConfig
+    from opdkit.models import load_model
+
+    return load_model(ModelConfig(path=student_path), "student")
+
+
 @pytest.fixture(scope="session")
 def sums_file(tmp_path_factory) -> str:
     path = tmp_path_factory.mktemp("data") / "sums.jsonl"

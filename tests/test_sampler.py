@@ -23,11 +23,6 @@ HOW = Sampling(group=3, max_new_tokens=12, eos_ids=(1, 3, 10, 12, 17, 28, 40))  
 
 
 @pytest.fixture(scope="module")
-def lm(student_path) -> LanguageModel:
-    return load_model(ModelConfig(path=student_path), "student")
-
-
-@pytest.fixture(scope="module")
 def teacher(teacher_path) -> LanguageModel:
     return load_model(ModelConfig(path=teacher_path), "teacher")
 

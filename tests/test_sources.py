@@ -27,11 +27,6 @@ PROMPTS = [(p, (4, 5 + i)) for i, p in enumerate(PROBLEMS)]
 
 
 @pytest.fixture(scope="module")
-def lm(student_path) -> LanguageModel:
-    return load_model(ModelConfig(path=student_path), "student")
-
-
-@pytest.fixture(scope="module")
 def teacher(teacher_path) -> LanguageModel:
     return load_model(ModelConfig(path=teacher_path), "tutor")
 

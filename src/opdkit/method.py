@@ -14,7 +14,7 @@ from opdkit.pieces import Piece
 from opdkit.reduction import Reduction
 from opdkit.rows import Loss
 from opdkit.serialise import decode, encode, register
-from opdkit.sources import OnPolicy, Source
+from opdkit.sources import OnPolicy, Source, TeacherSamples
 from opdkit.support import Full, Sampled, Support, TopK
 from opdkit.weights import ones
 
@@ -152,7 +152,8 @@ class Method:
                                   f"{given}; give that view support={hint}")  # fmt: skip
 
     def _mixed(self, source: str) -> bool:
-        return getattr(self.rollouts[source], "mixed_with", None) is not None
+        given = self.rollouts[source]
+        return isinstance(given, OnPolicy) and given.mixed_with is not None
 
     def reads_student(self, source: str) -> bool:
         """Whether a term on this source needs the student's own log-probs before the update."""
@@ -164,12 +165,20 @@ class Method:
         return read or any(isinstance(support, TopK) for support in supports)
 
     @property
+    def asks(self) -> list[tuple[str, str]]:
+        """(who asks, a teacher's name) for every view and rollout source that names one."""
+        found = [(f"view '{name}'", view.model) for name, view in self.views.items()]
+        for name, source in self.rollouts.items():
+            if isinstance(source, OnPolicy) and source.mixed_with is not None:
+                found.append((f"source '{name}'", source.mixed_with))
+            elif isinstance(source, TeacherSamples):
+                found.append((f"source '{name}'", source.teacher))
+        return found
+
+    @property
     def models(self) -> tuple[str, ...]:
         """The teachers that views and rollout sources name, each once."""
-        named = [view.model for view in self.views.values()]
-        for source in self.rollouts.values():
-            named += [name for name in (getattr(source, "mixed_with", None), getattr(source, "teacher", None)) if name]
-        return tuple(dict.fromkeys(named))
+        return tuple(dict.fromkeys(teacher for _, teacher in self.asks))
 
     @property
     def needs_reward(self) -> bool:

@@ -76,10 +76,13 @@ def describe_difference(
     problem: Problem,
     task: TaskConfig,
     eos_ids: Sequence[int] | None = None,
+    *,
+    same: bool = True,
 ) -> str:
     """What every teacher reads before the response, as a diff of its prompt against the student's, and other end tokens.
 
     `teachers` and `configs` have the same names; `eos_ids` are the recipe's, where it sets them. Special tokens are shown.
+    Unless `same`, teachers that read the student's own prompt are passed over.
     """
     lines = []
     ours = encode_prompt(student.tokenizer, problem, task.template, task.system, task.template_args)
@@ -87,7 +90,7 @@ def describe_difference(
     for name, teacher in teachers.items():
         config = configs[name]
         if config.template == "student":
-            lines.append(f"teacher '{name}' reads the student's prompt")
+            lines += [f"teacher '{name}' reads the student's prompt"] if same else []
         else:
             theirs = _own_prompt(teacher, config.template_args, problem, task)
             lines += _diff(name, problem, student, ours, teacher, theirs)

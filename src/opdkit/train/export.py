@@ -9,9 +9,9 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-from opdkit.config import Recipe, load_recipe
+from opdkit.config import ModelConfig, Recipe, load_recipe
 from opdkit.errors import RecipeError, RunError
 from opdkit.lora import ADAPTER_CONFIG, Adapters, load_adapters, stored_base
 from opdkit.report.read import RunData, read_run
@@ -19,7 +19,7 @@ from opdkit.train.card import model_card
 from opdkit.train.checkpoint import checkpoint_step, checkpoints
 from opdkit.train.run import sync, writing
 
-DTYPES = ("float32", "bfloat16", "float16")
+DTYPES = get_args(ModelConfig.model_fields["dtype"].annotation)
 
 
 def export(

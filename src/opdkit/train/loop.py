@@ -45,19 +45,7 @@ def train(recipe: Recipe, *, resume: bool = False) -> Path:
     setup = set_up(recipe)
     r, method, student, everyone = setup.recipe, setup.method, setup.student, setup.processes
     with open_run(setup, resume) as run:
-        newest = everyone.share(latest_checkpoint(run.path) if resume else None)
-        saved = load_checkpoint(newest) if newest else None
-        if newest:
-            load_weights(student.saved, newest)
-        if r.train.sharding == "fsdp2":
-            shard(student, everyone)
-        optimiser = Optimiser(r, student, everyone)
-        rolling = Rolling(setup)
-        state = {hook.name: hook.init() for hook in method.after_update}
-        torch.manual_seed(derive_seed(r.seed, "torch"))
-        start = 0
-        if saved:
-            start, state = restore(optimiser, rolling, saved)
+        start, optimiser, rolling, state = begin(setup, run, resume)
         began, before = datetime.now(UTC), float(run.info.get("seconds") or 0.0) if start else 0.0
         run.begin(start, finished=None, **run_information(setup))
         stop = StopSignal()
@@ -117,6 +105,25 @@ def open_run(setup: Setup, resume: bool) -> Run:
         everyone.share(run.info)
         return run
     return Run.follow(recipe.output, recipe, everyone.share({}))
+
+
+def begin(setup: Setup, run: Run, resume: bool) -> tuple[int, Optimiser, Rolling, dict[str, Any]]:
+    """(finished steps, optimiser, rollouts, method state) at the start, or where the newest checkpoint was saved."""
+    student, everyone = setup.student, setup.processes
+    newest = everyone.share(latest_checkpoint(run.path) if resume else None)
+    saved = load_checkpoint(newest) if newest else None
+    if newest:  # before the student is divided: checkpoints hold it whole
+        load_weights(student.saved, newest)
+    if setup.recipe.train.sharding == "fsdp2":
+        shard(student, everyone)
+    optimiser, rolling = Optimiser(setup.recipe, student, everyone), Rolling(setup)
+    torch.manual_seed(derive_seed(setup.recipe.seed, "torch"))
+    if saved is None:
+        return 0, optimiser, rolling, {hook.name: hook.init() for hook in setup.method.after_update}
+    optimiser.restore(saved)
+    rolling.restore(saved)
+    set_rng_state(saved["rng"])
+    return int(saved["step"]), optimiser, rolling, dict(saved["method"])
 
 
 @torch.no_grad()
@@ -189,14 +196,6 @@ def checkpoint(
         keep = setup.recipe.train.keep_checkpoints
         save_checkpoint(run, step, setup.student.saved, setup.student.tokenizer, trainer, keep=keep, weights=weights)
     setup.processes.wait()
-
-
-def restore(optimiser: Optimiser, rolling: Rolling, saved: dict[str, Any]) -> tuple[int, dict[str, Any]]:
-    """Put a checkpoint's state back. Returns (finished steps, method state)."""
-    optimiser.restore(saved)
-    rolling.restore(saved)
-    set_rng_state(saved["rng"])
-    return int(saved["step"]), dict(saved["method"])
 
 
 @contextmanager

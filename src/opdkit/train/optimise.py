@@ -43,7 +43,7 @@ class Optimiser:
             total += float(loss.detach())
         if not is_sharded(self.lm):
             self.processes.sum_gradients(self.parameters)
-        self.scaler.unscale_(self.optimizer) if self.scaler.is_enabled() else None
+        self.scaler.unscale_(self.optimizer)
         norm = float(gathered(torch.nn.utils.clip_grad_norm_(self.parameters, self.clip)))
         (total,) = self.processes.total([total])
         finite = abs(norm) < float("inf")

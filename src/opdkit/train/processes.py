@@ -64,19 +64,19 @@ class Processes:
             dist.barrier()
 
     def sum_gradients(self, parameters: Iterable[torch.nn.Parameter]) -> None:
-        """Replace the gradient of every trained parameter by its sum over all processes; an absent one counts as 0."""
+        """Replace the gradient of every given parameter by its sum over all processes; an absent one counts as 0."""
         if self.count == 1:
             return
         bucket: list[torch.Tensor] = []
+        size = 0
         for p in parameters:
-            if not p.requires_grad:
-                continue
             if p.grad is None:
                 p.grad = torch.zeros_like(p)
             bucket.append(p.grad)
-            if sum(g.numel() for g in bucket) >= BUCKET:
+            size += p.numel()
+            if size >= BUCKET:
                 _sum(bucket)
-                bucket = []
+                bucket, size = [], 0
         _sum(bucket)
 
     def check_same(self, parts: Mapping[str, str]) -> None:

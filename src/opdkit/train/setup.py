@@ -30,7 +30,7 @@ from opdkit.train.processes import Processes
 
 @dataclass
 class Setup:
-    """A recipe with its method, models, task and optimiser."""
+    """A recipe with its method, models, task and processes."""
 
     recipe: Recipe
     method: Method
@@ -134,14 +134,11 @@ def check_processes(recipe: Recipe, method: Method, processes: Processes) -> Non
 
 def check_recipe(recipe: Recipe, method: Method) -> None:
     """Raise RecipeError for settings that contradict the method or would have no effect."""
-    for name, view in method.views.items():
-        if view.model not in recipe.teachers:
-            hint = nearest(view.model, list(recipe.teachers)) if recipe.teachers else "; the recipe has no teachers"
-            raise RecipeError(f"method {method.name}: view '{name}' asks for teacher '{view.model}'{hint}; add "
-                              f"teachers: {{{view.model}: {{path: ...}}}}")  # fmt: skip
-    for name in method.models:
-        if name not in recipe.teachers:
-            raise RecipeError(f"method {method.name} uses teacher '{name}'; add teachers: {{{name}: {{path: ...}}}}")
+    for who, teacher in method.asks:
+        if teacher not in recipe.teachers:
+            hint = nearest(teacher, list(recipe.teachers)) if recipe.teachers else "; the recipe has no teachers"
+            raise RecipeError(f"method {method.name}: {who} asks for teacher '{teacher}'{hint}; add "
+                              f"teachers: {{{teacher}: {{path: ...}}}}")  # fmt: skip
     if unused := [name for name in recipe.teachers if name not in method.models]:
         raise RecipeError(
             f"teacher '{unused[0]}' is not used by method {method.name}; remove it or name it in the method"
@@ -208,7 +205,7 @@ def notes(setup: Setup) -> list[str]:
         problem, _ = setup.train[0]
         recipe = setup.recipe
         text = describe_difference(
-            setup.student, setup.teachers, recipe.teachers, problem, recipe.task, recipe.sampling.eos_ids
+            setup.student, setup.teachers, recipe.teachers, problem, recipe.task, recipe.sampling.eos_ids, same=False
         )
-        found += [line for line in text.splitlines() if not line.endswith("reads the student's prompt")]
+        found += text.splitlines()
     return found

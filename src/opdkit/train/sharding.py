@@ -6,7 +6,7 @@ forward pass and its backward, when it is whole, so it is differentiated like an
 """
 
 import types
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -40,17 +40,13 @@ def _read_hidden(model: Any, **inputs: Any) -> Any:
 
 
 def is_sharded(lm: LanguageModel) -> bool:
-    from torch.distributed.fsdp import FSDPModule
-
-    return isinstance(lm.model, FSDPModule)
+    return bool(_divided([lm.model]))
 
 
 @contextmanager
 def whole(lm: LanguageModel) -> Iterator[None]:
     """Every process holds all parameters inside the block, and forward passes without gradient communicate nothing."""
-    from torch.distributed.fsdp import FSDPModule
-
-    parts = [m for m in lm.model.modules() if isinstance(m, FSDPModule)]
+    parts = _divided(lm.model.modules())
     forward = lm.forward
     for part in parts:
         part.set_reshard_after_forward(False, recurse=False)
@@ -106,6 +102,13 @@ def scattered(state: dict[int, dict[str, Any]], parameters: list[torch.nn.Parame
             for key, v in values.items()
         }
     return found
+
+
+def _divided(modules: Iterable[Any]) -> list[Any]:
+    """Those of some modules that FSDP2 divided."""
+    from torch.distributed.fsdp import FSDPModule
+
+    return [m for m in modules if isinstance(m, FSDPModule)]
 
 
 def _layers(model: Any) -> list[torch.nn.Module]:
