@@ -1,0 +1,139 @@
+"""What the benchmarks share: measuring in a child process, peak memory, the machine, and results that docs are made from.
+
+A result is a JSON file under results/: tables (title, columns, rows of text or numbers, note) and targets (what, target,
+value, met), which scripts/performance.py turns into docs/performance.md, and `raw` numbers for whoever wants to redo
+the sums. Memory can be measured on Linux only.
+"""
+
+import ctypes
+import json
+import multiprocessing
+import os
+import platform
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # idle threads of the parent must not spin beside the child
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+
+
+@dataclass
+class Table:
+    """A table of a result; cells are shown as they are, floats with three significant digits."""
+
+    title: str
+    columns: list[str]
+    rows: list[list[str | int | float | None]] = field(default_factory=list)
+    note: str = ""
+
+    def header(self) -> str:
+        return f"| {' | '.join(self.columns)} |\n|{'---|' * len(self.columns)}"
+
+    def line(self, row: Sequence[str | int | float | None]) -> str:
+        return f"| {' | '.join(map(shown, row))} |"
+
+    def markdown(self) -> str:
+        return "\n".join([f"**{self.title}**\n", self.header(), *map(self.line, self.rows)])
+
+
+@dataclass
+class Target:
+    """A number that was set as a goal, and what was measured."""
+
+    what: str
+    target: str
+    value: str
+    met: bool
+
+
+def shown(value: str | int | float | None) -> str:
+    """One cell: "-" for nothing measured, three significant digits for a float, separators for an integer."""
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+    return f"{value:,}" if isinstance(value, int) else value
+
+
+def write(name: str, command: str, tables: Sequence[Table], targets: Sequence[Target], raw: Any) -> Path:
+    """Write results/NAME.json and return its path; `command` reruns it."""
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}.json"
+    content = {
+        "name": name, "command": command, "date": datetime.now(UTC).date().isoformat(), "machine": machine(),
+        "tables": [asdict(t) for t in tables], "targets": [asdict(t) for t in targets], "raw": raw,
+    }  # fmt: skip
+    path.write_text(json.dumps(content, indent=1) + "\n")
+    return path
+
+
+def machine() -> dict[str, Any]:
+    """Processor, cores and versions: what a reader needs to compare numbers."""
+    return {
+        "processor": field_of("/proc/cpuinfo", "model name"),
+        "architecture": platform.machine(),
+        "cores": os.cpu_count(),
+        "memory_gib": round(kernel("/proc/meminfo", "MemTotal") / 2**30, 1),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+
+
+def field_of(file: str, name: str) -> str:
+    """The value of a line `name : value` in a file under /proc. Raises SystemExit when there is none."""
+    for line in Path(file).read_text().splitlines():
+        key, colon, value = line.partition(":")
+        if colon and key.strip() == name:
+            return value.strip()
+    raise SystemExit(f"{file} has no '{name}'; the benchmarks run on Linux")
+
+
+def kernel(file: str, name: str) -> int:
+    """A number of bytes that Linux reports, such as VmRSS, VmHWM (most since the last reset) or MemAvailable."""
+    return int(field_of(file, name).split()[0]) * 1024
+
+
+def reset_peak() -> int:
+    """Give freed memory back, start a new VmHWM, and return the resident bytes of now."""
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    return kernel("/proc/self/status", "VmRSS")
+
+
+def peak() -> int:
+    """The most resident bytes since `reset_peak`."""
+    return kernel("/proc/self/status", "VmHWM")
+
+
+def spread(values: Sequence[float]) -> tuple[float, float, float]:
+    """(median, smallest, largest)."""
+    return statistics.median(values), min(values), max(values)
+
+
+def in_child(threads: int, function: Callable[..., Any], *arguments: Any) -> Any:
+    """Run a function in a forked process and hand back its result; the parent itself must never have computed."""
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+
+    def child() -> None:
+        torch.set_num_threads(threads)
+        sender.send(function(*arguments))
+
+    process = context.Process(target=child)
+    process.start()
+    sender.close()
+    try:
+        return receiver.recv()
+    except EOFError:
+        raise SystemExit(
+            f"{function.__name__}{arguments} died (exit code {process.exitcode}); is memory short?"
+        ) from None
+    finally:
+        process.join()
