@@ -27,7 +27,7 @@ from opdkit.signals import log_ratio, support_gap
 from opdkit.step import Candidates, Layout, Scores, Step
 from opdkit.support import Of, TopK
 from opdkit.tasks.problem import Problem
-from opdkit.views.local import pad, trained_rows
+from opdkit.views.batches import pad, trained_rows
 from opdkit.weights import first_tokens
 
 V = 20

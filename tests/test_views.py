@@ -15,7 +15,8 @@ from opdkit.rollouts.sampler import Keep, Sampling
 from opdkit.rollouts.sources import on_policy
 from opdkit.support import Full, Sampled, TopK
 from opdkit.tasks.problem import Problem
-from opdkit.views.local import flat_index, micro_batches, pad, score, trained_rows
+from opdkit.views.batches import flat_index, micro_batches, pad, trained_rows
+from opdkit.views.local import score
 
 BUDGETS = [1, 24, 10_000]
 

@@ -34,6 +34,7 @@ class LanguageModel:
     temperature: float = 1.0
     forward: Callable[..., Any] | None = None  # called in place of the base model: a sharded model's entry
     adapters: Adapters | None = None
+    packs: bool = False  # whether it reads packed rows (opdkit.packing)
     _vocab: int | None = field(default=None, init=False, repr=False)
 
     @property
@@ -154,6 +155,8 @@ def load_model(
     adapters are drawn with `seed`. Raises ModelError when the path or its contents are wrong, or a target of `lora`
     matches nothing, and RecipeError when `lora` is not how a stored adapter was made.
     """
+    from opdkit.packing import enable
+
     path = resolve_path(config.path)
     base = stored_base(path, name)
     model, tokenizer = _load(config, name, path, base, torch.device(device))
@@ -165,7 +168,7 @@ def load_model(
     loaded = LanguageModel(name, config.path, model.eval(), tokenizer, config.temperature, adapters=adapters)
     _check_tokenizer(loaded)
     loaded.check_head()
-    return loaded
+    return replace(loaded, packs=enable(loaded.model))
 
 
 def load_models(recipe: Recipe, device: torch.device, seed: int) -> tuple[LanguageModel, dict[str, LanguageModel]]:
@@ -208,7 +211,7 @@ def base_of(student: LanguageModel, own: ModelConfig, config: ModelConfig, name:
             raise RecipeError(f"teachers.{name}.{key} = {value} has no effect: {BASE} is the student's own weights with its "
                               f"adapters off, and they are {getattr(own, key)}; remove it")  # fmt: skip
     off = replace(student.adapters, on=False)
-    return LanguageModel(name, BASE, student.model, student.tokenizer, config.temperature, adapters=off)
+    return replace(student, name=name, path=BASE, temperature=config.temperature, adapters=off)
 
 
 def _load(config: ModelConfig, name: str, path: str, base: str | None, device: torch.device) -> tuple[Any, Any]:

@@ -165,7 +165,7 @@ def update(
         seed = derive_seed(setup.recipe.seed, "minibatches", step, epoch)
         for part in parts(rollouts, t.minibatches, t.prompts_per_step, seed):
             coefs = coefficients(found, steps, part, everyone, t.reduction)
-            batches = plan(rollouts, steps, found, coefs, part, t.microbatch_tokens)
+            batches = plan(setup.student, rollouts, steps, found, coefs, part, t.microbatch_tokens)
             expected = expected_batches(model, batches, everyone)
             with setup.autocast():
                 numbers.append(optimiser.step(losses(model, batches, expected, t.head_chunk), expected))

@@ -22,7 +22,7 @@ from opdkit.rollouts.rollout import Rollout
 from opdkit.step import Step
 from opdkit.train.processes import Processes
 from opdkit.train.sharding import is_sharded
-from opdkit.views.local import flat_index, micro_batches, pad, trained_rows
+from opdkit.views.batches import Batch, batches, flat_index
 
 Part = Mapping[str, Sequence[int]]  # source -> its sequences that take part in one update
 
@@ -112,44 +112,44 @@ def row_terms(
 class MicroBatch:
     """Some sequences of one source that go through the student together."""
 
-    rollouts: Sequence[Rollout]
+    batch: Batch
+    rollouts: Sequence[Rollout]  # of which the batch takes some
     terms: Sequence[RowTerm]
 
 
 def plan(
-    rollouts: Mapping[str, Sequence[Rollout]], steps: Mapping[str, Step], found: Mapping[str, Sequence[Stream]],
-    coefs: Mapping[str, Sequence[Tensor]], part: Part, budget: int,
+    student: LanguageModel, rollouts: Mapping[str, Sequence[Rollout]], steps: Mapping[str, Step],
+    found: Mapping[str, Sequence[Stream]], coefs: Mapping[str, Sequence[Tensor]], part: Part, budget: int,
 ) -> list[MicroBatch]:  # fmt: skip
     """Cut one update into micro-batches under a token budget; those in which no token counts are left out."""
-    batches = []
+    planned = []
     for name, step in steps.items():
         sequences = part[name] if found[name] else []
-        lengths = [len(rollouts[name][s].prompt_ids) + len(rollouts[name][s].response_ids) for s in sequences]
-        for batch in micro_batches(lengths, budget):
-            chosen = [sequences[i] for i in batch]
-            terms = row_terms(found[name], coefs[name], step, flat_index(step, chosen))
+        chosen = [rollouts[name][s] for s in sequences]
+        for batch in batches(student, chosen, budget):
+            index = flat_index(step, [sequences[i] for i in batch.index])
+            terms = row_terms(found[name], coefs[name], step, index)
             if any(bool(t.coef.any()) for t in terms):
-                batches.append(MicroBatch([rollouts[name][s] for s in chosen], terms))
-    return batches
+                planned.append(MicroBatch(batch, chosen, terms))
+    return planned
 
 
 def losses(
-    student: LanguageModel, batches: Sequence[MicroBatch], expected: int, chunk: int | None
+    student: LanguageModel, planned: Sequence[MicroBatch], expected: int, chunk: int | None
 ) -> Iterator[Float[Tensor, ""]]:
     """Yield each micro-batch's share of the loss; the caller runs backward on it. The shares add up to the loss.
 
     `expected` micro-batches are due in every process that shares the student: the missing ones are passes over one
     token that contribute 0.
     """
-    for batch in batches:
-        rows, positions = (index.to(student.device) for index in trained_rows(batch.rollouts))
-        hidden = student.hidden(pad(batch.rollouts, student.device))[rows, positions]
+    for batch in planned:
+        hidden = batch.batch.states(student, batch.rollouts)
         loss, _ = objective(hidden, student.head(), batch.terms, chunk)
         yield loss
-    for _ in range(expected - len(batches)):
+    for _ in range(expected - len(planned)):
         yield student.hidden(torch.zeros(1, 1, dtype=torch.long, device=student.device)).sum() * 0.0
 
 
-def expected_batches(student: LanguageModel, batches: Sequence[MicroBatch], processes: Processes) -> int:
+def expected_batches(student: LanguageModel, planned: Sequence[MicroBatch], processes: Processes) -> int:
     """How many micro-batches this process must run: where processes share the student, as many as the busiest one."""
-    return processes.largest(len(batches)) if is_sharded(student) else len(batches)
+    return processes.largest(len(planned)) if is_sharded(student) else len(planned)

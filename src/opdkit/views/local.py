@@ -17,51 +17,17 @@ from opdkit.models import LanguageModel
 from opdkit.rollouts.rollout import Rollout
 from opdkit.step import Candidates, Scores, Step
 from opdkit.support import Full, Support, TopK, candidates
-
-
-def micro_batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
-    """Group sequences of similar length so that rows x longest <= budget; a longer one stands alone."""
-    batches: list[list[int]] = []
-    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        if batches and lengths[batches[-1][0]] * (len(batches[-1]) + 1) <= budget:
-            batches[-1].append(i)
-        else:
-            batches.append([i])
-    return batches
-
-
-def pad(rollouts: Sequence[Rollout], device: torch.device) -> Int[Tensor, "B T"]:
-    """Prompt and response of each rollout but for the last token, which predicts nothing; right padding with id 0."""
-    rows = [torch.tensor((r.prompt_ids + r.response_ids)[:-1]) for r in rollouts]
-    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device)
-
-
-def trained_rows(rollouts: Sequence[Rollout]) -> tuple[Int[Tensor, " n"], Int[Tensor, " n"]]:
-    """(row, position) of the hidden state that predicts each trained token."""
-    rows = [(b, len(r.prompt_ids) + i - 1) for b, r in enumerate(rollouts) for i in r.trained_index]
-    index = torch.tensor(rows, dtype=torch.long).reshape(-1, 2)
-    return index[:, 0], index[:, 1]
-
-
-def flat_index(step: Step, batch: Sequence[int]) -> Int[Tensor, " n"]:
-    """Where the trained tokens of some sequences sit on the flat axis, in the order of the batch."""
-    length = step.layout.seq_len()
-    start = torch.cumsum(length, 0) - length
-    spans = [torch.arange(int(start[s]), int(start[s] + length[s])) for s in batch]
-    return torch.cat(spans).to(step.tokens.device)
+from opdkit.views.batches import batches, flat_index
 
 
 def hidden_rows(
     lm: LanguageModel, rollouts: Sequence[Rollout], step: Step, budget: int
 ) -> Iterator[tuple[Int[Tensor, " n"], Float[Tensor, "n D"]]]:
     """Yield (flat index, last hidden states that predict these tokens) batch by batch, without gradient."""
-    lengths = [len(r.prompt_ids) + len(r.response_ids) for r in rollouts]
-    for batch in micro_batches(lengths, budget):
-        chosen = [rollouts[i] for i in batch]
-        rows, positions = trained_rows(chosen)
+    for batch in batches(lm, rollouts, budget):
         with torch.no_grad():
-            hidden = lm.hidden(pad(chosen, lm.device))
-        yield flat_index(step, batch), hidden[rows.to(lm.device), positions.to(lm.device)]
+            hidden = batch.states(lm, rollouts)
+        yield flat_index(step, batch.index), hidden
 
 
 def score(

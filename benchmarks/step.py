@@ -1,0 +1,271 @@
+"""A whole on-policy step: ours against TRL's DistillationTrainer, same models, prompts, group, lengths and threads.
+
+    python benchmarks/step.py [--quick] [--setting a b] [--threads 2] [--seeds 3]
+
+Every run is a process of its own and the contenders alternate; what counts is the median over a run's steps after the
+first few, and the median of the ratios of neighbouring runs. Both train with the exact reverse KL over the full
+vocabulary (TRL: beta = 1), the same prompts in the same order, AdamW at a constant rate, temperature 1, float32.
+Afterwards both students are evaluated by the same code: accuracy on held-out problems where the task has answers, and
+exact reverse KL on their own samples. Memory is the most resident bytes beyond the loaded models. Settings: settings.py.
+Left out: trainers that need a GPU, TRL with vLLM.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import measure
+import torch
+from settings import SETTINGS, Setting, paths
+
+from opdkit.config import Recipe
+from opdkit.train.data import PromptOrder
+
+Json = dict[str, Any]
+CONTENDERS = ("ours", "trl")
+TARGETS = {"a": 1.5, "a-natural": 1.5, "b": 3.0, "c": 2.0, "d": 1.3}  # tokens a second, ours / TRL
+MEMORY = {"c": 1 / 3}  # bytes above the loaded models, ours / TRL
+OUTSIDE = {"b": 0.1, "c": 0.1, "d": 0.1}  # share of our step outside sampling, forwards and backwards
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Ours, in a child
+
+
+def run_ours(setting: Setting, recipe: Recipe, out: Path) -> Json:
+    """Train and return seconds per phase and step, tokens per step, and peak bytes."""
+    from opdkit.train import loop, rolling
+
+    watch, start = _Watch(), rolling.Rolling.step
+    watch.wrap()
+    base: list[int] = []
+    cpu: list[float] = []
+
+    def first(self: Any, step: int) -> Any:
+        if not base:
+            _touch(self.setup.student.model, *(t.model for t in self.setup.teachers.values()))
+            base.append(measure.reset_peak())
+        cpu.append(time.process_time())
+        return start(self, step)
+
+    rolling.Rolling.step = first  # type: ignore[method-assign]
+    folder = loop.train(recipe)
+    peak = measure.peak() - base[0]
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    shutil.copytree(next(folder.glob("checkpoints/*/")), out / "student", dirs_exist_ok=True)
+    phases = {"cpu": [b - a for a, b in pairwise(cpu)]}
+    phases |= {k: [line[f"seconds/{k}"] for line in lines] for k in ("sample", "score", "update", "other", "step")}
+    return {"seconds": phases, "tokens": [line["tokens"] for line in lines], "peak": peak, "inside": watch.seconds}
+
+
+class _Watch:
+    """Seconds inside the forwards and backwards of scoring and update."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def wrap(self) -> None:
+        from opdkit.train import update
+        from opdkit.views import local
+        from opdkit.views.batches import Batch
+
+        inside = ((Batch, "states"), (local, "score_batch"), (update, "objective"), (torch.Tensor, "backward"))
+        for owner, name in inside:
+            setattr(owner, name, self._timed(getattr(owner, name)))
+
+    def _timed(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*arguments: Any, **named: Any) -> Any:
+            start = time.perf_counter()
+            try:
+                return function(*arguments, **named)
+            finally:
+                self.seconds += time.perf_counter() - start
+
+        return timed
+
+
+def _touch(*models: Any) -> None:
+    """Read every weight, so that files mapped into memory count as loaded."""
+    for model in models:
+        for parameter in model.parameters():
+            parameter.sum()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# TRL, in a child
+
+
+def run_trl(setting: Setting, recipe: Recipe, out: Path) -> Json:
+    """The same run by trl.DistillationTrainer."""
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+    from trl import DistillationConfig, DistillationTrainer
+
+    student, teacher = paths(recipe)
+    tokenizer = AutoTokenizer.from_pretrained(student, padding_side="left")
+    rows = prompt_texts(recipe, tokenizer)
+    tokenizer.chat_template = None
+    if not setting.ends:
+        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(recipe.sampling.eos_ids[0])  # type: ignore[index]
+    seconds: dict[str, list[float]] = defaultdict(list)
+    state: Json = {"tokens": []}
+
+    class Timed(DistillationTrainer):  # type: ignore[misc]
+        def _generate_and_score_completions(self, inputs: Any) -> Any:
+            start = time.perf_counter()
+            found = super()._generate_and_score_completions(inputs)
+            seconds["sample"].append(time.perf_counter() - start)
+            state["tokens"].append(int(found["completion_mask"].sum()))
+            return found
+
+    class Clock(TrainerCallback):  # type: ignore[misc]
+        def on_train_begin(self, *_: Any, model: Any = None, **__: Any) -> None:
+            _touch(model, trainer.teacher_model)
+            state["base"] = measure.reset_peak()
+
+        def on_step_begin(self, *_: Any, **__: Any) -> None:
+            state["cpu"] = time.process_time()
+            state["start"] = time.perf_counter()
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            seconds["cpu"].append(time.process_time() - state["cpu"])
+            seconds["step"].append(time.perf_counter() - state["start"])
+
+    batch = recipe.train.prompts_per_step * recipe.sampling.group
+    args = DistillationConfig(
+        output_dir=str(out / "trl"), per_device_train_batch_size=batch, gradient_accumulation_steps=1,
+        max_steps=recipe.train.steps, max_completion_length=recipe.sampling.max_new_tokens, temperature=1.0, beta=1.0,
+        learning_rate=recipe.optim.lr, lr_scheduler_type="constant", report_to="none", logging_steps=10_000,
+        use_cpu=True, bf16=False, gradient_checkpointing=False, save_strategy="no", disable_tqdm=True,
+        shuffle_dataset=False, seed=recipe.seed, max_grad_norm=recipe.optim.grad_clip, top_k=0,
+        weight_decay=recipe.optim.weight_decay, adam_beta1=recipe.optim.betas[0], adam_beta2=recipe.optim.betas[1],
+    )  # fmt: skip
+    models = [AutoModelForCausalLM.from_pretrained(p, dtype=torch.float32) for p in (student, teacher)]
+    if not setting.ends:
+        models[0].generation_config.eos_token_id = recipe.sampling.eos_ids[0]  # type: ignore[index]
+    trainer = Timed(
+        model=models[0], teacher_model=models[1], args=args, train_dataset=Dataset.from_dict({"prompt": rows}),
+        processing_class=tokenizer, callbacks=[Clock()],
+    )  # fmt: skip
+    trainer.train()
+    peak = measure.peak() - state["base"]
+    trainer.model.save_pretrained(out / "student")
+    AutoTokenizer.from_pretrained(student).save_pretrained(out / "student")
+    seconds["score and update"] = [
+        whole - drawn for whole, drawn in zip(seconds["step"], seconds["sample"], strict=True)
+    ]
+    return {"seconds": dict(seconds), "tokens": state["tokens"], "peak": peak}
+
+
+def prompt_texts(recipe: Recipe, tokenizer: Any) -> list[str]:
+    """The prompts of every step as text, in our order, one row for each response. SystemExit where text changes ids."""
+    from opdkit.tasks.load import load_task
+    from opdkit.tasks.prompts import encode_problems
+
+    problems = encode_problems(
+        load_task(recipe.task).train, tokenizer, recipe.task, 10**9, recipe.sampling.max_new_tokens
+    )
+    order = PromptOrder(len(problems), recipe.seed)
+    rows = []
+    for index in order.take(recipe.train.steps * recipe.train.prompts_per_step):
+        ids = list(problems[index][1])
+        text = tokenizer.decode(ids)
+        if tokenizer(text)["input_ids"] != ids:
+            raise SystemExit(f"prompt {index} does not survive decoding and encoding: {text!r}")
+        rows += [text] * recipe.sampling.group
+    return rows
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The parent
+
+
+def child(options: argparse.Namespace) -> None:
+    """One run of one contender; writes its numbers and what its student can do."""
+    setting, out = SETTINGS[options.setting[0]], Path(options.out)
+    torch.set_num_threads(options.threads)
+    recipe = prepared(setting, options.steps, options.seed, out / "run")
+    run = run_ours if options.child == "ours" else run_trl
+    found = run(setting, recipe, out)
+    (out / "result.json").write_text(json.dumps(found | {"student": judged(recipe, str(out / "student"))}))
+
+
+def prepared(setting: Setting, steps: int, seed: int, output: Path) -> Recipe:
+    r = setting.recipe()
+    return r.model_copy(
+        update={"seed": seed, "output": str(output), "train": r.train.model_copy(update={"steps": steps})}
+    )
+
+
+def judged(recipe: Recipe, student: str) -> Json:
+    """Accuracy and exact reverse KL of a student, by our evaluation."""
+    from opdkit.train.evaluate import evaluate
+    from opdkit.train.setup import set_up
+
+    setup = set_up(recipe.model_copy(update={"student": recipe.student.model_copy(update={"path": student})}))
+    record = evaluate(setup, setup.student, 0)
+    return {k: v for k, v in record.items() if k in ("accuracy", "accuracy_se", "reverse_kl", "reverse_kl_se")}
+
+
+def spawn(who: str, setting: Setting, steps: int, seed: int, threads: int) -> Json:
+    with tempfile.TemporaryDirectory() as out:
+        command = [sys.executable, __file__, "--child", who, "--setting", setting.name, "--steps", str(steps)]
+        command += ["--seed", str(seed), "--threads", str(threads), "--out", out]
+        environment = os.environ | {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr[-3000:]}")
+        found: Json = json.loads((Path(out) / "result.json").read_text())
+        return found
+
+
+def summary(found: Json, skip: int) -> Json:
+    """Medians of a run: seconds per phase and tokens a second, steps before `skip` left out."""
+    seconds = {phase: statistics.median(times[skip:]) for phase, times in found["seconds"].items()}
+    rates = [n / s for n, s in zip(found["tokens"][skip:], found["seconds"]["step"][skip:], strict=True)]
+    total = sum(found["seconds"]["step"])
+    outside = None
+    if "inside" in found:
+        outside = 1 - (found["inside"] + sum(found["seconds"]["sample"])) / total
+    return {"seconds": seconds, "rate": statistics.median(rates), "outside": outside,
+            "mean_rate": sum(found["tokens"][skip:]) / sum(found["seconds"]["step"][skip:]),
+            "peak": found["peak"], **found["student"]}  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--setting", nargs="+", choices=list(SETTINGS), default=list(SETTINGS))
+    parser.add_argument("--quick", action="store_true", help="one seed and few steps of settings a and c")
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, help="instead of each setting's own number")
+    for name in ("--child", "--out"):
+        parser.add_argument(name, help=argparse.SUPPRESS)
+    parser.add_argument("--seed", type=int, default=0, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.child:
+        return child(options)
+    runs: dict[str, list[Json]] = {}
+    for name in ("a", "c") if options.quick else options.setting:
+        setting = SETTINGS[name]
+        setting.recipe()  # its models are made before anything is measured
+        steps = options.steps or (setting.skip + 5 if options.quick else setting.steps)
+        for seed in range(1 if options.quick else min(options.seeds, setting.seeds)):
+            both = {who: summary(spawn(who, setting, steps, seed, options.threads), setting.skip) for who in CONTENDERS}
+            runs.setdefault(name, []).append(both)
+            print(name, seed, json.dumps(both), flush=True)
+
+
+if __name__ == "__main__":
+    main()
