@@ -3,14 +3,13 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 TORCH := torch==2.13.0
-# Threads that spin while they wait make two processes on two cores several times slower.
-export OMP_WAIT_POLICY := PASSIVE
-
 .PHONY: demo test check lint fix docs install install-dev browser reproduce benchmarks smollm2 smollm2-lora clean
 
 demo: $(VENV)/.installed
 	$(BIN)/opd demo
 
+# Some tests start two processes: threads that spin while they wait would take the other's core.
+test: export OMP_WAIT_POLICY := PASSIVE
 test: $(VENV)/.dev browser
 	$(BIN)/python -m pytest
 
@@ -21,9 +20,11 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python scripts/docs.py --check
+	$(BIN)/python scripts/performance.py --check
 
 docs: $(VENV)/.dev
 	$(BIN)/python scripts/docs.py
+	$(BIN)/python scripts/performance.py
 
 fix: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
@@ -65,9 +66,15 @@ smollm2-lora: $(VENV)/.installed
 	$(BIN)/opd report runs/smollm2-lora
 	$(BIN)/opd export runs/smollm2-lora
 
+# Minutes on two quiet cores: step up to 60, head 25, sample 12, scaling 12, plan 10; each takes --quick. Peers take part
+# where they are installed (step needs trl).
 benchmarks: $(VENV)/.installed
+	$(BIN)/python benchmarks/step.py
 	$(BIN)/python benchmarks/head.py
 	$(BIN)/python benchmarks/sample.py
+	$(BIN)/python benchmarks/scaling.py
+	$(BIN)/python benchmarks/plan.py
+	$(BIN)/python scripts/performance.py
 
 clean:
 	rm -rf $(VENV) runs dist build

@@ -21,7 +21,7 @@ from opdkit.packing import Text
 from opdkit.plan.architectures import linear_layers
 
 Shape = tuple[int, int]
-LEAST_SECONDS = 0.03  # for which a product is repeated
+LEAST_SECONDS = 0.1  # for which a product is repeated
 
 
 @dataclass(frozen=True)
@@ -104,16 +104,15 @@ def sampling(student: Model, texts: Texts) -> list[Part]:
 
 def scoring(teacher: Model, texts: Texts, budget: int, chunk: int) -> list[Part]:
     """One forward pass; the log-probs need all logits of every trained token."""
-    body = teacher.body(*_whole(texts), min(budget, _whole(texts)[0]))
-    return [body, teacher.scores(texts.trained, min(chunk, texts.trained))]
+    tokens, pairs = _whole(texts)
+    return [teacher.body(tokens, pairs, min(budget, tokens)), teacher.scores(texts.trained, min(chunk, texts.trained))]
 
 
-def updating(student: Model, teacher: Model | None, texts: Texts, budget: int, chunk: int) -> list[Part]:
-    """Forward and backward; the teacher's logits again where its whole distribution is compared (`teacher` given)."""
-    rows = min(chunk, texts.trained)
-    body = student.body(*_whole(texts), min(budget, _whole(texts)[0]), backward=True)
-    theirs = [teacher.scores(texts.trained, rows)] if teacher else []
-    return [body, student.scores(texts.trained, rows, backward=True), *theirs]
+def updating(student: Model, texts: Texts, budget: int, chunk: int) -> list[Part]:
+    """Forward and backward of the student."""
+    tokens, pairs = _whole(texts)
+    body = student.body(tokens, pairs, min(budget, tokens), backward=True)
+    return [body, student.scores(texts.trained, min(chunk, texts.trained), backward=True)]
 
 
 def _whole(texts: Texts) -> tuple[int, int]:
@@ -142,13 +141,14 @@ def _product(shape: Shape, rows: int, backward: bool) -> tuple[float, float]:
     """(FLOPs, seconds) of x W^T, with `backward` also of y W and y^T x; the fastest of at least three."""
     out, into = shape
     x, y, weight = torch.randn(rows, into), torch.randn(rows, out), torch.randn(out, into)
+    dx, dweight = torch.empty_like(x), torch.empty_like(weight)
     best, spent, times = float("inf"), 0.0, 0
     while spent < LEAST_SECONDS or times < 3:
         start = time.perf_counter()
-        torch.mm(x, weight.T)
+        torch.mm(x, weight.T, out=y)
         if backward:
-            torch.mm(y, weight)
-            torch.mm(y.T, x)
+            torch.mm(y, weight, out=dx)
+            torch.mm(y.T, x, out=dweight)
         seconds = time.perf_counter() - start
         best, spent, times = min(best, seconds), spent + seconds, times + 1
     return (3 if backward else 1) * 2.0 * rows * out * into, best

@@ -1,289 +1,254 @@
-"""Forward and backward of the head: ours, naive full logits, and a chunk loop with torch.utils.checkpoint.
+"""Forward and backward of the vocabulary head: ours against full logits, TRL, Liger-Kernel and a checkpointed loop.
 
-Axes: N tokens, V vocabulary, D hidden, K candidates. Everything is float32 and the head is trained.
+    python benchmarks/head.py [--quick] [--vocab 4096 32000] [--hidden 256] [--tokens 512] [--losses sampled jsd]
+                              [--dtype float32] [--threads 2] [--minutes 25]
 
-    python benchmarks/head.py [--quick] [--vocab 4096 32000] [--tokens 512] [--threads 2]
+Axes: N tokens, V vocabulary, D hidden, C rows of our chunk. The head is trained. Every measurement is a child process of
+its own: inputs, a small problem to load code, then the whole problem. The contenders alternate round by round, and what
+counts is the median over rounds. A child reports seconds of forward and backward, the most resident bytes beyond its
+inputs, and the bytes that autograd keeps between the two (saved tensors, inputs not counted). Another child compares
+all contenders' gradients with float64 autograd on a few rows: |a - b| / |b|, the worse of hidden states and weight.
 
-Every size and loss runs in processes of its own: one for each implementation to measure memory (the most resident bytes
-beyond the inputs), one in which the three alternate to measure time (the fastest round of each). The error is the
-largest distance of a gradient's entry from float64 autograd on 64 rows, relative to the largest entry. Prints a table
-and writes results/head.json beside this file. Left out: kernels that need a GPU.
+Without sizes the committed grid is run: the axes around a middle point rather than their product, which would take
+hours. --minutes stops before a cell that is not expected to end in time. Contenders: head_contenders.py. Left out: GPUs.
 """
 
 import argparse
-import ctypes
-import json
-import multiprocessing
+import math
 import os
-import platform
+import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import asdict, dataclass
+from itertools import product
 from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # idle threads of the parent must not spin beside the child
 
+import measure
 import torch
+from head_contenders import CONTENDERS, FULL, LOSSES, Inputs, available, dense, make_inputs
+from measure import Table, Target
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
-from opdkit.divergences import divergence
-from opdkit.head import Head, HeadRows, RowTerm, objective, score_rows
-from opdkit.losses import Divergence, PolicyGradient
-from opdkit.step import Candidates, Layout, Scores, Step
+from opdkit.head import Head
 
-D, K, CHECKPOINT_CHUNK, ERROR_ROWS = 256, 64, 256, 64
-LOSSES = ("sampled", "top-64", "reverse_kl", "jsd")
+Json = dict[str, Any]
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+RATE = {"float32": 50e9, "bfloat16": 2e9}  # FLOPs a second and thread that a plan of minutes assumes
+PRODUCTS = {"sampled": 4, "top-64": 4, "reverse_kl": 5, "jsd": 6}  # of a contender on average, for the same plan
 NAIVE_BYTES = {"sampled": 16, "top-64": 16, "reverse_kl": 28, "jsd": 56}  # an upper guess, a logit: what fits is run
+BLOCKS = 2**23  # bytes of elementwise blocks beside a chunk (docs/head.md)
 
 
-@dataclass
-class Inputs:
-    """One problem: student and teacher hidden states and heads, tokens, coefficients, and the student's candidates."""
+@dataclass(frozen=True)
+class Cell:
+    """One problem, and who takes part."""
 
-    hidden: Tensor  # [N, D]
-    weight: Tensor  # [V, D]
-    teacher_hidden: Tensor
-    teacher_weight: Tensor
-    tokens: Tensor  # [N]
-    signal: Tensor  # [N]
-    coef: Tensor  # [N]
-    candidates: Candidates | None
+    vocab: int
+    hidden: int
+    tokens: int
+    loss: str
+    dtype: str = "float32"
+    only: tuple[str, ...] = tuple(CONTENDERS)
 
-    def map(self, change: Callable[[str, Tensor], Tensor]) -> "Inputs":
-        """The same inputs with every tensor changed; the function is given the tensor's name."""
-        new = {name: change(name, value) for name, value in vars(self).items() if isinstance(value, Tensor)}
-        found = self.candidates
-        if found is not None:
-            cut = {name: change(name, value) for name, value in vars(found).items() if isinstance(value, Tensor)}
-            found = replace(found, **cut)
-        return replace(self, **new, candidates=found)
+    @property
+    def flops(self) -> float:
+        """Of one product."""
+        return 2.0 * self.vocab * self.hidden * self.tokens
 
-    def rows(self, part: slice) -> "Inputs":
-        return self.map(lambda name, value: value if name.endswith("weight") else value[part])
+    def who(self) -> list[str]:
+        """The contenders that are installed, offer this loss, and fit into memory."""
+        fits = NAIVE_BYTES[self.loss] * self.tokens * self.vocab < 0.7 * measure.kernel("/proc/meminfo", "MemAvailable")
+        return [name for name in available(self.loss) if name in self.only and (fits or name != "naive")]
 
-    def double(self) -> "Inputs":
-        return self.map(lambda _, value: value.double() if value.is_floating_point() else value)
+    def rounds(self) -> int:
+        return 1 if self.flops > 1e12 or self.dtype == "bfloat16" else 3
 
+    def seconds(self, threads: int) -> float:
+        """A guess of the whole cell's."""
+        work = self.flops * PRODUCTS[self.loss] * len(self.who()) * (self.rounds() + 0.3)
+        return work / (RATE[self.dtype] * threads) + 3 * len(self.who())
 
-def make_inputs(vocab: int, n: int, loss: str) -> Inputs:
-    """Logits with a standard deviation of 3 nats; the teacher's differ from the student's by about 1.5 nats."""
-    draw = torch.Generator().manual_seed(0)
-    hidden = torch.randn(n, D, generator=draw)
-    weight = torch.randn(vocab, D, generator=draw) * (3 / D**0.5)
-    teacher = hidden + 0.5 * torch.randn(n, D, generator=draw)
-    tokens = torch.randint(vocab, (n,), generator=draw)
-    found = None
-    if loss == "top-64":
-        student = score_rows(Head(weight), hidden, tokens, top_k=K, entropy=False)
-        assert student.top_ids is not None and student.top is not None
-        ids, valid = student.top_ids, torch.ones_like(student.top_ids, dtype=torch.bool)
-        theirs = score_rows(
-            Head(weight), teacher, tokens, entropy=False, choose=lambda part, _: (ids[part], valid[part])
-        )
-        assert theirs.at_ids is not None and theirs.tail is not None
-        found = Candidates(ids, valid, student.top, theirs.at_ids, None, theirs.tail)
-    signal, coef = torch.randn(n, generator=draw), torch.rand(n, generator=draw) / n
-    return Inputs(hidden, weight, teacher, weight.clone(), tokens, signal, coef, found)
+    def gradients(self) -> int:
+        """Bytes of the gradients: of weight (a float32 sum, and its own dtype where that differs) and hidden states."""
+        size = DTYPES[self.dtype].itemsize
+        return self.vocab * self.hidden * (4 if size == 4 else 4 + size) + self.tokens * self.hidden * size
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Three implementations: inputs -> scalar loss with a graph
-
-
-def dense(x: Inputs, hidden: Tensor, weight: Tensor, loss: str) -> Tensor:
-    """The loss written on full logits, as a trainer would."""
-    lp = torch.log_softmax(hidden @ weight.T, -1)
-    if loss == "sampled":
-        return (x.coef * -x.signal * lp.gather(1, x.tokens[:, None])[:, 0]).sum()
-    if loss == "top-64":
-        assert x.candidates is not None
-        inside = lp.gather(1, x.candidates.ids)
-        rest = 1 - inside.exp().sum(-1, keepdim=True)
-        p = torch.cat([inside, rest.clamp(min=torch.finfo(lp.dtype).eps).log()], -1)
-        q = torch.cat([x.candidates.teacher, x.candidates.teacher_tail[:, None]], -1)
-        return (x.coef * divergence(p, q, "reverse_kl")).sum()
-    with torch.no_grad():
-        q = torch.log_softmax(x.teacher_hidden @ x.teacher_weight.T, -1)
-    return (x.coef * divergence(lp, q, loss)).sum()  # type: ignore[arg-type]
-
-
-def naive(x: Inputs, hidden: Tensor, weight: Tensor, loss: str) -> Tensor:
-    return dense(x, hidden, weight, loss)
-
-
-def checkpointed(x: Inputs, hidden: Tensor, weight: Tensor, loss: str) -> Tensor:
-    total = hidden.new_zeros(())
-    start = 0
-    for part in hidden.split(CHECKPOINT_CHUNK):  # one split node: slices would each make a gradient of size [N, D]
-        rows = x.rows(slice(start, start + part.shape[0]))
-        total = total + checkpoint(dense, rows, part, weight, loss, use_reentrant=False)
-        start += part.shape[0]
-    return total
-
-
-def ours(x: Inputs, hidden: Tensor, weight: Tensor, loss: str) -> Tensor:
-    n = hidden.shape[0]
-    teacher = Scores(x.signal, candidates=x.candidates)
-    if loss in ("reverse_kl", "jsd"):
-        teacher = Scores(x.signal, full=HeadRows(x.teacher_hidden, Head(x.teacher_weight)))
-    step = Step(Layout(*(torch.arange(n),) * 3), x.tokens, {"teacher": teacher})
-    if loss == "sampled":
-        term = RowTerm(PolicyGradient(), step, x.signal, x.coef)
-    else:
-        term = RowTerm(Divergence("jsd" if loss == "jsd" else "reverse_kl"), step, None, x.coef)
-    return objective(hidden, Head(weight), [term])[0]
-
-
-IMPLEMENTATIONS: dict[str, Callable[[Inputs, Tensor, Tensor, str], Tensor]] = {
-    "naive": naive,
-    "checkpoint": checkpointed,
-    "ours": ours,
-}
+# In a child
 
 
 def gradients(name: str, x: Inputs, loss: str) -> tuple[Tensor, Tensor]:
     hidden, weight = x.hidden.detach().requires_grad_(), x.weight.detach().requires_grad_()
-    IMPLEMENTATIONS[name](x, hidden, weight, loss).backward()
+    CONTENDERS[name](x, hidden, weight, loss, hidden.shape[0]).backward()
     assert hidden.grad is not None and weight.grad is not None
     return hidden.grad, weight.grad
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Measurements, each in a child
+def run(name: str, cell: Cell) -> Json:
+    """Seconds, peak bytes beyond the inputs, and bytes kept for the backward pass."""
+    x = make_inputs(cell.vocab, cell.hidden, cell.tokens, cell.loss, DTYPES[cell.dtype])
+    warm = min(cell.tokens, 1024) if name == "liger" else 64  # its chunk: another size would be compiled again
+    gradients(name, x.rows(slice(0, warm)), cell.loss)
+    hidden, weight = x.hidden.detach().requires_grad_(), x.weight.detach().requires_grad_()
+    before, kept = measure.reset_peak(), {}
+    inputs = {t.untyped_storage().data_ptr() for t in (*vars(x).values(), hidden, weight) if isinstance(t, Tensor)}
+
+    def pack(saved: Tensor) -> Tensor:
+        storage = saved.untyped_storage()
+        if storage.data_ptr() not in inputs:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return saved
+
+    start = time.perf_counter()
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved):
+        loss = CONTENDERS[name](x, hidden, weight, cell.loss, cell.tokens)
+    loss.backward()
+    seconds = time.perf_counter() - start
+    return {"seconds": seconds, "peak": measure.peak() - before, "kept": sum(kept.values())}
 
 
-def kernel(file: str, field: str) -> int:
-    """A number of bytes that Linux reports, such as VmRSS, VmHWM (most since the last reset) or MemAvailable."""
-    for line in Path(file).read_text().splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1]) * 1024
-    raise SystemExit(f"{file} has no {field}; memory can be measured on Linux only")
-
-
-def measure_memory(name: str, vocab: int, n: int, loss: str) -> int:
-    """Most resident bytes during forward and backward beyond what the inputs hold."""
-    x = make_inputs(vocab, n, loss)
-    gradients(name, x.rows(slice(0, 8)), loss)  # code and buffers of the libraries
-    ctypes.CDLL("libc.so.6").malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")
-    before = kernel("/proc/self/status", "VmRSS")
-    gradients(name, x, loss)
-    return kernel("/proc/self/status", "VmHWM") - before
-
-
-def measure_time(names: list[str], vocab: int, n: int, loss: str, rounds: int) -> dict[str, list[float]]:
-    """Seconds of each round; the implementations alternate, so that a slow moment of the machine hits all."""
-    x = make_inputs(vocab, n, loss)
-    seconds: dict[str, list[float]] = {name: [] for name in names}
-    for name in names:
-        gradients(name, x.rows(slice(0, 64)), loss)
-    for _ in range(rounds):
-        for name in names:
-            start = time.perf_counter()
-            gradients(name, x, loss)
-            seconds[name].append(time.perf_counter() - start)
-    return seconds
-
-
-def measure_error(vocab: int, loss: str) -> dict[str, float]:
-    """Largest distance of a gradient's entry from float64 autograd, relative to the largest entry."""
-    x = make_inputs(vocab, ERROR_ROWS, loss)
-    exact = gradients("naive", x.double(), loss)
+def errors(cell: Cell, names: list[str]) -> dict[str, float]:
+    """Every contender's distance from float64 autograd on the same (rounded) inputs."""
+    rows = max(64, min(512, cell.tokens, 2**22 // cell.vocab))
+    x = make_inputs(cell.vocab, cell.hidden, rows, cell.loss, DTYPES[cell.dtype])
+    exact = gradients("naive", x.double(), cell.loss)
     found = {}
-    for name in IMPLEMENTATIONS:
-        pairs = zip(gradients(name, x, loss), exact, strict=True)
-        found[name] = max(((a - b).abs().max() / b.abs().max()).item() for a, b in pairs)
+    for name in names:
+        pairs = zip(gradients(name, x, cell.loss), exact, strict=True)
+        found[name] = max(((a - b).norm() / b.norm()).item() for a, b in pairs)
     return found
 
 
-def in_child(threads: int, function: Callable, *arguments):  # type: ignore[no-untyped-def,type-arg]
-    """Run a function in a forked process and hand back its result; the parent itself never computes."""
-    context = multiprocessing.get_context("fork")
-    receiver, sender = context.Pipe(duplex=False)
-
-    def child() -> None:
-        torch.set_num_threads(threads)
-        sender.send(function(*arguments))
-
-    process = context.Process(target=child)
-    process.start()
-    sender.close()
-    try:
-        return receiver.recv()
-    except EOFError:
-        raise SystemExit(
-            f"{function.__name__}{arguments} died (exit code {process.exitcode}); is memory short?"
-        ) from None
-    finally:
-        process.join()
+# ---------------------------------------------------------------------------------------------------------------------
+# The parent
 
 
-def measure(vocab: int, n: int, loss: str, threads: int) -> dict[str, Any]:
-    """All numbers of one size and loss."""
-    fits = NAIVE_BYTES[loss] * n * vocab < 0.8 * kernel("/proc/meminfo", "MemAvailable")
-    names = [name for name in IMPLEMENTATIONS if fits or name != "naive"]
-    rounds = max(1, min(5, 200_000_000 // (n * vocab)))
-    seconds = in_child(threads, measure_time, names, vocab, n, loss, rounds)
-    row: dict[str, Any] = {
-        "vocab": vocab,
-        "tokens": n,
-        "loss": loss,
-        "rounds": rounds,
-        "chunk": Head(torch.empty(vocab, 1)).chunk(),
-    }
-    row["seconds"] = {name: min(times) for name, times in seconds.items()}
-    row["ratio"] = {name: row["seconds"]["ours"] / s for name, s in row["seconds"].items() if name != "ours"}
-    row["peak_bytes"] = {name: in_child(threads, measure_memory, name, vocab, n, loss) for name in names}
-    row["error"] = in_child(threads, measure_error, vocab, loss)
+def measured(cell: Cell, threads: int) -> Json:
+    """All numbers of one cell."""
+    names = cell.who()
+    runs: dict[str, list[Json]] = {name: [] for name in names}
+    for _ in range(cell.rounds()):
+        for name in names:
+            runs[name].append(measure.in_child(threads, run, name, cell))
+    row: Json = asdict(cell) | {"chunk": Head(torch.empty(cell.vocab, 1)).chunk(), "gradients": cell.gradients()}
+    for key in ("seconds", "peak", "kept"):
+        row[key] = {name: statistics.median(r[key] for r in found) for name, found in runs.items()}
+    row["error"] = measure.in_child(threads, errors, cell, names)
+    row["of_bound"] = (row["peak"]["ours"] - row["gradients"]) / (8 * row["chunk"] * cell.vocab)
     return row
 
 
-def show(row: dict) -> str:
-    """One line of the table."""
-    cells = [f"{row['vocab']}", f"{row['tokens']}", row["loss"]]
-    cells += [f"{row['seconds'][name]:.3f}" if name in row["seconds"] else "-" for name in IMPLEMENTATIONS]
-    cells += [f"{row['ratio'][name]:.2f}" if name in row["ratio"] else "-" for name in ("naive", "checkpoint")]
-    cells += [
-        f"{row['peak_bytes'][name] / 2**20:.0f}" if name in row["peak_bytes"] else "-" for name in IMPLEMENTATIONS
+SIZES = ["V", "D", "N", "loss", "dtype"]
+
+
+def size_of(row: Json) -> list[str | int | float | None]:
+    return [row[key] for key in ("vocab", "hidden", "tokens", "loss", "dtype")]
+
+
+def tables(rows: list[Json]) -> list[Table]:
+    names = [name for name in CONTENDERS if any(name in row["seconds"] for row in rows)]
+    chunked = [name for name in names if name not in ("ours", "naive")]
+    time_ = Table("Seconds of forward and backward", [*SIZES, *names, *(f"ours / {n}" for n in names if n != "ours")])
+    memory = Table(
+        "Memory: most MiB beyond the inputs, and MiB kept from forward to backward",
+        [*SIZES, "gradients", *names, "ours of 8 C V", *(f"{n} keeps" for n in names)],
+        note="'ours of 8 C V' is the share of 8 bytes x chunk x V that ours needs beside the gradients",
+    )
+    error = Table("Distance of the gradients from float64", [*SIZES, *names], note=f"chunked: {', '.join(chunked)}")
+    for row in rows:
+        seconds, mib = row["seconds"], {k: {n: b / 2**20 for n, b in row[k].items()} for k in ("peak", "kept")}
+        ratios = [seconds["ours"] / seconds[n] if n in seconds else None for n in names if n != "ours"]
+        time_.rows.append([*size_of(row), *(seconds.get(n) for n in names), *ratios])
+        memory.rows.append([*size_of(row), row["gradients"] / 2**20, *(mib["peak"].get(n) for n in names),
+                            row["of_bound"], *(mib["kept"].get(n) for n in names)])  # fmt: skip
+        error.rows.append([*size_of(row), *(f"{row['error'][n]:.1e}" if n in row["error"] else None for n in names)])
+    return [time_, memory, error]
+
+
+def targets(rows: list[Json]) -> list[Target]:
+    """The goals, each judged by its worst cell."""
+
+    def worst(ratio: Callable[[Json], float | None]) -> tuple[float, str, float]:
+        found = [(value, " ".join(map(str, size_of(row)))) for row in rows if (value := ratio(row)) is not None]
+        mean = math.exp(statistics.fmean(math.log(max(value, 1e-9)) for value, _ in found)) if found else math.nan
+        return *max(found, default=(math.nan, "no cell")), mean
+
+    def against(row: Json, key: str, peers: list[str]) -> float | None:
+        best = [row[key][name] for name in peers if name in row[key]]
+        return row[key]["ours"] / min(best) if best else None
+
+    chunked = [name for name in CONTENDERS if name not in ("ours", "naive")]
+    goals = [
+        ("peak memory beside the gradients, of 8 bytes x chunk x V", 1.0, worst(lambda row: row["of_bound"])),
+        ("that memory's growth from the smallest to the largest N", 0.05, worst(lambda row: growth(row, rows))),
+        ("seconds / those of full logits, where they fit", 1.15, worst(lambda r: against(r, "seconds", ["naive"]))),
+        ("seconds / those of the fastest chunked peer", 1.0, worst(lambda r: against(r, "seconds", chunked))),
+        ("error / that of the most exact peer", 1.0, worst(lambda r: against(r, "error", ["naive", *chunked]))),
     ]
-    cells += [f"{row['error'][name]:.0e}" for name in IMPLEMENTATIONS]
-    return "| " + " | ".join(cells) + " |"
+    return [
+        Target(what, f"<= {limit:g}", f"worst {value:.2f} ({where}), mean {mean:.2f}", value <= limit)
+        for what, limit, (value, where, mean) in goals
+    ]
 
 
-COLUMNS = ["V", "N", "loss", *(f"{name} s" for name in IMPLEMENTATIONS), "ours / naive", "ours / checkpoint"]
-COLUMNS += [f"{name} {what}" for what in ("MiB", "error") for name in IMPLEMENTATIONS]
+def growth(row: Json, rows: list[Json]) -> float | None:
+    """How much more of 8 C V the largest N needs than the smallest that fills a chunk; None where there is but one N."""
+    like = [r for r in rows if all(r[k] == row[k] for k in ("vocab", "hidden", "loss", "dtype"))]
+    full = sorted((r for r in like if r["tokens"] >= r["chunk"]), key=lambda r: r["tokens"])
+    return abs(full[-1]["of_bound"] - full[0]["of_bound"]) if len(full) > 1 else None
+
+
+def committed() -> list[Cell]:
+    """Every axis around a middle, float32 and bfloat16, and one loss at the far corner with the fastest chunked peer."""
+    sizes = [(v, 256, 512) for v in (4096, 32000, 151936)] + [(32000, 256, 2048), (4096, 896, 512)]
+    sizes += [(32000, 896, 2048), (32000, 256, 8192), (151936, 896, 512)]
+    cells = [Cell(*size, loss) for size in sizes for loss in LOSSES]
+    cells += [Cell(4096, 256, 512, loss, "bfloat16") for loss in LOSSES]
+    cells += [Cell(32000, 256, 512, loss, "bfloat16") for loss in ("sampled", "reverse_kl")]
+    cells += [Cell(151936, 896, 512, "reverse_kl", "bfloat16", ("ours", "trl"))]
+    peer = "liger" if "liger" in available("reverse_kl") else "trl"
+    return [*cells, Cell(151936, 896, 8192, "reverse_kl", only=("ours", peer))]
+
+
+def chosen(options: argparse.Namespace) -> list[Cell]:
+    if options.quick:
+        cells = [Cell(v, 256, 512, loss) for v in (4096, 32000) for loss in LOSSES]
+        return [*cells, Cell(4096, 256, 512, "reverse_kl", "bfloat16")]
+    if not any((options.vocab, options.hidden, options.tokens, options.losses, options.dtype)):
+        return committed()
+    axes = (options.vocab or [32000], options.hidden or [256], options.tokens or [512], options.losses or LOSSES)
+    return [Cell(*size) for size in product(*axes, options.dtype or ["float32"])]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="512 tokens and vocabularies up to 32000")
-    parser.add_argument("--vocab", type=int, nargs="+", help="vocabulary sizes (default 4096 32000 151936)")
-    parser.add_argument("--tokens", type=int, nargs="+", help="numbers of tokens (default 512 2048)")
-    parser.add_argument(
-        "--threads", type=int, default=os.cpu_count() or 1, help="threads of each child (default: cores)"
-    )
+    parser.add_argument("--quick", action="store_true", help="512 tokens and vocabularies up to 32,000")
+    for name in ("vocab", "hidden", "tokens"):
+        parser.add_argument(f"--{name}", type=int, nargs="+", help="sizes instead of the committed grid")
+    parser.add_argument("--losses", nargs="+", choices=LOSSES)
+    parser.add_argument("--dtype", nargs="+", choices=list(DTYPES))
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="of each child (default: cores)")
+    parser.add_argument("--minutes", type=float, default=30.0, help="leave out a cell that would end later")
     options = parser.parse_args()
-    sizes = options.vocab or ([4096, 32000] if options.quick else [4096, 32000, 151936])
-    tokens = options.tokens or ([512] if options.quick else [512, 2048])
-    print(f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}", flush=True)
-    rows = []
-    for vocab in sizes:
-        for n in tokens:
-            for loss in LOSSES:
-                rows.append(measure(vocab, n, loss, options.threads))
-                print(show(rows[-1]), flush=True)
-    machine = {
-        "machine": platform.machine(),
-        "cores": os.cpu_count(),
-        "threads": options.threads,
-        "torch": torch.__version__,
-    }
-    target = Path(__file__).parent / "results" / "head.json"
-    target.parent.mkdir(exist_ok=True)
-    target.write_text(json.dumps({"machine": machine, "hidden": D, "dtype": "float32", "rows": rows}, indent=1) + "\n")
-    print(f"written to {target}")
+    for name in ("trl", "liger"):
+        if name not in available(FULL[0]):
+            print(f"{name} is not installed and takes no part")
+    start, rows = time.monotonic(), []
+    cells = chosen(options)
+    for cell in cells:
+        if time.monotonic() - start + cell.seconds(options.threads) > 60 * options.minutes:
+            print(f"left out, it would end after {options.minutes:g} minutes: {cell}", flush=True)
+            continue
+        rows.append(measured(cell, options.threads))
+        print(*size_of(rows[-1]), {n: round(s, 3) for n, s in rows[-1]["seconds"].items()},
+              f"{rows[-1]['of_bound']:.2f} of 8 C V", flush=True)  # fmt: skip
+    found, goals = tables(rows), targets(rows)
+    print("\n\n".join(t.markdown() for t in found), *goals, f"{(time.monotonic() - start) / 60:.1f} minutes", sep="\n")
+    if cells == committed():
+        print("written to", measure.write("head", "python benchmarks/head.py", found, goals, rows))
 
 
 if __name__ == "__main__":

@@ -11,17 +11,17 @@ import multiprocessing
 import os
 import platform
 import statistics
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # idle threads of the parent must not spin beside the child
-
 import torch
 
 RESULTS = Path(__file__).parent / "results"
+STARTED = time.monotonic()
 
 
 @dataclass
@@ -53,6 +53,19 @@ class Target:
     met: bool
 
 
+@dataclass
+class Chart:
+    """Lines over sizes, both axes logarithmic, or horizontal bars where the points' x are text. Points are [x, y > 0].
+
+    A line whose name ends in ", bound" is dashed. Without charts of its own a result gets bars of its tables' ratios.
+    """
+
+    title: str
+    x: str
+    y: str
+    lines: dict[str, list[list[Any]]]
+
+
 def shown(value: str | int | float | None) -> str:
     """One cell: "-" for nothing measured, three significant digits for a float, separators for an integer."""
     if value is None:
@@ -62,13 +75,17 @@ def shown(value: str | int | float | None) -> str:
     return f"{value:,}" if isinstance(value, int) else value
 
 
-def write(name: str, command: str, tables: Sequence[Table], targets: Sequence[Target], raw: Any) -> Path:
-    """Write results/NAME.json and return its path; `command` reruns it."""
+def write(
+    name: str, command: str, tables: Sequence[Table], targets: Sequence[Target], raw: Any, charts: Sequence[Chart] = ()
+) -> Path:
+    """Write results/NAME.json and return its path; `command` reruns it. What it took is counted since the import."""
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
     content = {
-        "name": name, "command": command, "date": datetime.now(UTC).date().isoformat(), "machine": machine(),
-        "tables": [asdict(t) for t in tables], "targets": [asdict(t) for t in targets], "raw": raw,
+        "name": name, "command": command, "date": datetime.now(UTC).date().isoformat(),
+        "minutes": round((time.monotonic() - STARTED) / 60, 1), "machine": machine(),
+        "tables": [asdict(t) for t in tables], "targets": [asdict(t) for t in targets],
+        "charts": [asdict(c) for c in charts], "raw": raw,
     }  # fmt: skip
     path.write_text(json.dumps(content, indent=1) + "\n")
     return path

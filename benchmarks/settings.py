@@ -44,10 +44,11 @@ class Setting:
 
 
 def words(vocab: int) -> PreTrainedTokenizerFast:
-    """A tokenizer whose words are t0, t1, ...; t0 pads and t1 ends a response."""
-    core = Tokenizer(models.WordLevel({f"t{i}": i for i in range(vocab)}, unk_token="t0"))
+    """A tokenizer of the words t2, t3, ... and one for padding and one for the end."""
+    named = {"<pad>": PAD, "<end>": EOS} | {f"t{i}": i for i in range(2, vocab)}
+    core = Tokenizer(models.WordLevel(named, unk_token="<pad>"))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="t1", pad_token="t0", padding_side="left")
+    return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<end>", pad_token="<pad>", padding_side="left")
 
 
 def decoder(vocab: int, hidden: int, layers: int, std: float, context: int = 1024) -> Qwen3ForCausalLM:

@@ -6,6 +6,7 @@ about one token in a million. Left out: evaluation, checkpoints and trackers, wh
 """
 
 import json
+import os
 import tempfile
 import time
 from collections.abc import Callable
@@ -16,8 +17,9 @@ from typing import Any, TypeVar
 
 import measure
 import torch
-from bound import Model, Rates, Texts, sampling, scoring, updating
+from bound import Model, Part, Rates, Texts, sampling, scoring, updating
 from settings import PAD, decoder, words
+from transformers.utils.logging import disable_progress_bar
 
 from opdkit.config import Recipe, parse_recipe
 from opdkit.rollouts.rollout import Rollout
@@ -25,7 +27,7 @@ from opdkit.rollouts.rollout import Rollout
 T = TypeVar("T")
 PHASES = ("sample", "score", "update", "step")
 STUDENT, TEACHER = (192, 4), (256, 6)  # (hidden, layers)
-UPDATE_TOKENS, SCORE_TOKENS = 2048, 4096  # of one forward pass: small, so that several are needed at most sizes
+UPDATE_TOKENS, SCORE_TOKENS = 1024, 2048  # of one forward pass: small, so that several are needed at most sizes
 
 
 @dataclass(frozen=True)
@@ -44,8 +46,21 @@ class Size:
         """N."""
         return self.prompts * self.group * self.new
 
+    def about(self, grows: str = "") -> str:
+        """In words, without the variable that grows."""
+        support = "" if grows == "k" else ", the whole vocabulary compared" if self.k is None else f", top {self.k}"
+        many = "" if grows == "prompts" else f"{self.prompts} "
+        parts = {
+            "prompt": f"{many}prompts of {self.prompt} tokens",
+            "group": f"groups of {self.group}",
+            "new": f"responses of {self.new} tokens",
+            "vocab": f"V = {self.vocab:,}",
+        }
+        return ", ".join(text for name, text in parts.items() if name != grows) + support
+
     def recipe(self, folder: Path, sharding: str = "none") -> Recipe:
         """Make models and prompts in a folder, and the recipe that uses them."""
+        disable_progress_bar()
         for name, (hidden, layers) in (("student", STUDENT), ("teacher", TEACHER)):
             decoder(self.vocab, hidden, layers, 0.2, context=2048).save_pretrained(folder / name)
             words(self.vocab).save_pretrained(folder / name)
@@ -135,29 +150,55 @@ class Steps:
 
 
 def measured(size: Size, rounds: int) -> dict[str, Any]:
-    """In a child: tokens, and for each phase the seconds (fastest round), peak bytes and the bound's seconds."""
+    """In a child: tokens, and for each phase seconds (fastest round), peak bytes, FLOPs, and the bound's seconds."""
     with tempfile.TemporaryDirectory() as folder:
         steps = Steps(size.recipe(Path(folder)))
     steps.take(lambda _, call: call())  # code, buffers and the optimiser's moments
     peaks, texts = steps.peaks()
     times = [steps.seconds() for _ in range(rounds)]
+    parts = needed(steps, texts, size.k is None)
+    rates = Rates()
     return {
         "tokens": texts.trained,
         "seconds": {phase: min(t[phase] for t in times) for phase in PHASES},
         "bytes": {phase: peaks[phase] for phase in PHASES},
-        "bound": bounds(steps, texts, size.k is None),
+        "flops": {phase: sum(part.flops for part in parts[phase]) for phase in PHASES},
+        "bound": {phase: rates.seconds(parts[phase]) for phase in PHASES},
     }
 
 
-def bounds(steps: Steps, texts: Texts, full: bool) -> dict[str, float]:
-    """The bound of each phase in seconds. The step's counts the teacher's logits once: two phases form them."""
+def needed(steps: Steps, texts: Texts, full: bool) -> dict[str, list[Part]]:
+    """The products that each phase needs. The step counts the teacher's logits once, though two phases form them."""
     lms = (steps.setup.student, steps.setup.teachers["teacher"])
     student, teacher = (Model.of(lm.model, lm.head().size) for lm in lms)
-    rates, chunk = Rates(), lms[0].head().chunk()
-    update = updating(student, teacher if full else None, texts, UPDATE_TOKENS, chunk)
-    found = {
-        "sample": rates.seconds(sampling(student, texts)),
-        "score": rates.seconds(scoring(teacher, texts, SCORE_TOKENS, chunk)),
-        "update": rates.seconds(update),
-    }
-    return found | {"step": sum(found.values()) - (rates.seconds(update[2:]))}
+    chunk = lms[0].head().chunk()
+    drawn = sampling(student, texts)
+    scored = scoring(teacher, texts, SCORE_TOKENS, chunk)
+    learned = updating(student, texts, UPDATE_TOKENS, chunk)
+    again = scored[1:] if full else []
+    return {"sample": drawn, "score": scored, "update": learned + again, "step": drawn + scored + learned}
+
+
+def worker(folder: Path, rounds: int) -> None:
+    """One of a run's processes: writes the step's tokens, its seconds, and memory at rest and at the peak."""
+    import torch.distributed.fsdp  # its memory is a library's, as everything's imported above
+
+    recipe = parse_recipe(json.loads((folder / "recipe.json").read_text()))
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    empty = measure.reset_peak()
+    steps = Steps(recipe)
+    everyone = steps.setup.processes
+    steps.take(lambda _, call: call())
+    rest = measure.reset_peak()
+    drawn = steps.take(lambda _, call: call())
+    highest = measure.peak()
+    seconds = []
+    for _ in range(rounds):
+        everyone.wait()
+        start = time.perf_counter()
+        steps.take(lambda _, call: call())
+        everyone.wait()
+        seconds.append(time.perf_counter() - start)
+    (tokens,) = everyone.total([float(sum(len(r.response_ids) for r in drawn))])
+    found = {"tokens": tokens, "seconds": seconds, "rest": rest - empty, "peak": highest - empty}
+    (folder / f"result-{everyone.rank}.json").write_text(json.dumps(found))

@@ -47,26 +47,33 @@ def run_ours(setting: Setting, recipe: Recipe, out: Path) -> Json:
     """Train and return seconds per phase and step, tokens per step, and peak bytes."""
     from opdkit.train import loop, rolling
 
-    watch, start = _Watch(), rolling.Rolling.step
+    watch, start, measured = _Watch(), rolling.Rolling.step, loop.measure
     watch.wrap()
     base: list[int] = []
-    cpu: list[float] = []
+    peak: list[int] = []
+    marks: list[tuple[float, float]] = []  # at the start of every step and the end of the last: CPU, inside
 
     def first(self: Any, step: int) -> Any:
         if not base:
             _touch(self.setup.student.model, *(t.model for t in self.setup.teachers.values()))
             base.append(measure.reset_peak())
-        cpu.append(time.process_time())
+        marks.append((time.process_time(), watch.seconds))
         return start(self, step)
 
+    def last(*arguments: Any) -> Any:
+        peak.append(measure.peak() - base[0])
+        if len(peak) == recipe.train.steps:  # saving and evaluation do not count; TRL's are off
+            marks.append((time.process_time(), watch.seconds))
+        return measured(*arguments)
+
     rolling.Rolling.step = first  # type: ignore[method-assign]
+    loop.measure = last  # type: ignore[assignment]
     folder = loop.train(recipe)
-    peak = measure.peak() - base[0]
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     shutil.copytree(next(folder.glob("checkpoints/*/")), out / "student", dirs_exist_ok=True)
-    phases = {"cpu": [b - a for a, b in pairwise(cpu)]}
+    phases = {name: [b[i] - a[i] for a, b in pairwise(marks)] for i, name in enumerate(("cpu", "inside"))}
     phases |= {k: [line[f"seconds/{k}"] for line in lines] for k in ("sample", "score", "update", "other", "step")}
-    return {"seconds": phases, "tokens": [line["tokens"] for line in lines], "peak": peak, "inside": watch.seconds}
+    return {"seconds": phases, "tokens": [line["tokens"] for line in lines], "peak": peak[-1]}
 
 
 class _Watch:
@@ -222,7 +229,8 @@ def spawn(who: str, setting: Setting, steps: int, seed: int, threads: int) -> Js
     with tempfile.TemporaryDirectory() as out:
         command = [sys.executable, __file__, "--child", who, "--setting", setting.name, "--steps", str(steps)]
         command += ["--seed", str(seed), "--threads", str(threads), "--out", out]
-        environment = os.environ | {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}
+        environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+        environment.pop("OMP_WAIT_POLICY", None)
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         if done.returncode:
             raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr[-3000:]}")
@@ -234,10 +242,10 @@ def summary(found: Json, skip: int) -> Json:
     """Medians of a run: seconds per phase and tokens a second, steps before `skip` left out."""
     seconds = {phase: statistics.median(times[skip:]) for phase, times in found["seconds"].items()}
     rates = [n / s for n, s in zip(found["tokens"][skip:], found["seconds"]["step"][skip:], strict=True)]
-    total = sum(found["seconds"]["step"])
     outside = None
-    if "inside" in found:
-        outside = 1 - (found["inside"] + sum(found["seconds"]["sample"])) / total
+    if "inside" in found["seconds"]:
+        within = sum(found["seconds"]["inside"][skip:]) + sum(found["seconds"]["sample"][skip:])
+        outside = 1 - within / sum(found["seconds"]["step"][skip:])
     return {"seconds": seconds, "rate": statistics.median(rates), "outside": outside,
             "mean_rate": sum(found["tokens"][skip:]) / sum(found["seconds"]["step"][skip:]),
             "peak": found["peak"], **found["student"]}  # fmt: skip

@@ -395,7 +395,7 @@ ALL = ("policy_gradient", "reverse_kl_full", "forward_kl_top_bucket")
 @pytest.mark.parametrize(
     "trained", [(True, False, False), (False, True, False), (False, False, True), (False, True, True)]
 )
-def test_only_what_is_trained_costs_work(trained, dtype):
+def test_only_what_is_trained_costs_work(trained, dtype, small_blocks):
     hidden, weight, bias = (t.clone().to(dtype).requires_grad_(want) for t, want in
                             zip((HIDDEN, WEIGHT, BIAS), trained, strict=True))  # fmt: skip
     terms = terms_of(ALL, torch.float64 if dtype == torch.float64 else torch.float32)

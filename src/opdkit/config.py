@@ -127,10 +127,13 @@ class TrainConfig(Section):
         "none", description="several processes: none = every process holds the student; fsdp2 = they share it"
     )
     microbatch_tokens: Positive = Field(
-        16384, description="prompt + response tokens of one student forward, padding included"
+        16384, description="tokens of one student forward: padding counts, a packed prompt once"
     )
     score_tokens: Positive = Field(
-        32768, description="prompt + response tokens of one teacher forward, padding included"
+        32768, description="tokens of one teacher forward: padding counts, a packed prompt once"
+    )
+    packing: bool = Field(
+        True, description="where the model can: a group's prompt once, no padding; false = padded rows always"
     )
     head_chunk: Positive | None = Field(
         None, description="rows of logits held at once; None = chosen from the vocabulary"

@@ -18,20 +18,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from opdkit.lm_head import (
-    PARAMETERS,
-    Head,
-    HeadRows,
-    RowScores,
-    TableRows,
-    blocks,
-    chunks,
-    clear,
-    exact,
-    precision,
-    score_rows,
-    tail_of,
-)  # fmt: skip
+from opdkit.lm_head import PARAMETERS, Head, HeadRows, TableRows, blocks, chunks, exact, precision
+from opdkit.row_scores import RowScores, clear, score_rows, tail_of
 from opdkit.rows import FullLoss, Loss, SparseLoss, StudentRows
 from opdkit.step import Step
 

@@ -3,23 +3,25 @@
 Axes: n rows, N rows of a view, P rows of the head's weight, V real vocabulary (V <= P), D columns of the weight, r of
 the low rank, H = D + r of the hidden states.
 
-The products run in the hidden states' precision (autocast's, where it is on) and are kept in float32, or float64 for
-float64 input. Where that takes a conversion, it is done for COLUMNS ids at a time, so that neither a second copy of
-the logits nor one of the weight exists. Left out: sharded (tensor-parallel) heads.
+The products run in the hidden states' precision (autocast's, where it is on), or in float32 on a CPU without
+instructions for that precision, and are kept in float32, or float64 for float64 input. They are formed for COLUMNS ids
+at a time, so that neither a second copy of the logits nor one of the weight exists. Left out: sharded (tensor-parallel)
+heads, and scores (`row_scores`).
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cache
 
 import torch
-import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 CHUNK_ENTRIES = 2**24  # logits of one chunk when none is asked for: 64 MiB of float32
 BLOCK_ENTRIES = 2**18  # elementwise block: 1 MiB of float32 stays in a core's cache
 DEVICE_BLOCK_ENTRIES = 2**24  # elsewhere: enough work for one kernel launch
-COLUMNS = 2**14  # ids of one product when precisions differ
+COLUMNS = 2**10  # ids of one product on the CPU: their part of the weight stays in cache, converted or not
+DEVICE_COLUMNS = 2**14  # elsewhere, and only where precisions differ
 PARAMETERS = ("weight", "bias", "low_rank")  # the tensors of a head that can be trained
 
 
@@ -101,25 +103,23 @@ class Head:
                              "low rank's columns to them")  # fmt: skip
         return parts
 
-    def _direct(self, hidden: Float[Tensor, "n H"]) -> bool:
-        """Whether no product needs a conversion."""
+    def _columns(self, hidden: Float[Tensor, "n H"]) -> Iterator[slice]:
+        """The ids of each product."""
+        if hidden.device.type == "cpu":
+            return chunks(self.size, COLUMNS)
         dtype, wide = precision(hidden)
-        return dtype == wide and all(t is None or t.dtype == dtype for t in (self.weight, self.low_rank))
+        direct = dtype == wide and all(t is None or t.dtype == dtype for t in (self.weight, self.low_rank))
+        return chunks(self.size, self.size if direct else DEVICE_COLUMNS)
 
     def _product(self, hidden: Float[Tensor, "n H"]) -> Float[Tensor, "n V"]:
         dtype, wide = precision(hidden)
-        bias = None if self.bias is None else self.bias[: self.size].to(dtype)
-        (columns, weight), *rest = self._split(hidden)
-        if self._direct(hidden):
-            z = F.linear(hidden[:, columns], weight[: self.size], bias)
-            for columns, matrix in rest:
-                z.addmm_(hidden[:, columns], matrix[: self.size].T)
-            return z
-        z, low = hidden.new_empty(hidden.shape[0], self.size, dtype=wide), hidden.to(dtype)
-        for ids in chunks(self.size, COLUMNS):
-            z[:, ids] = F.linear(low[:, columns], weight[ids].to(dtype), None if bias is None else bias[ids])
-            for more, matrix in rest:
-                z[:, ids] += F.linear(low[:, more], matrix[ids].to(dtype))
+        low, z = hidden.to(dtype), hidden.new_empty(hidden.shape[0], self.size, dtype=wide)
+        with exact(z):
+            for ids in self._columns(hidden):
+                for i, (columns, matrix) in enumerate(self._split(hidden)):
+                    add_product(z[:, ids], low[:, columns], matrix[ids].to(dtype).T, fresh=i == 0)
+                if self.bias is not None:
+                    z[:, ids] += self.bias[ids]
         return z
 
     def through_tail(
@@ -136,15 +136,12 @@ class Head:
     def hidden_gradient(self, dz: Float[Tensor, "n V"], hidden: Float[Tensor, "n H"]) -> Float[Tensor, "n H"]:
         """Gradient with respect to the hidden states, from that of `weight h + bias`."""
         dtype, wide = precision(hidden)
-        parts = self._split(hidden)
-        if self._direct(hidden):
-            found = [dz @ matrix[: self.size] for _, matrix in parts]
-            return found[0] if len(found) == 1 else torch.cat(found, 1)
         out = torch.zeros_like(hidden, dtype=wide)
-        for ids in chunks(self.size, COLUMNS):
-            piece = dz[:, ids].to(dtype)
-            for columns, matrix in parts:
-                out[:, columns] += piece @ matrix[ids].to(dtype)
+        with exact(dz):
+            for ids in self._columns(hidden):
+                piece = dz[:, ids].to(dtype)
+                for columns, matrix in self._split(hidden):
+                    add_product(out[:, columns], piece, matrix[ids].to(dtype))
         return out
 
     def add_gradients(
@@ -154,19 +151,32 @@ class Head:
         """Add the gradients of PARAMETERS to the given sums, in place; None is frozen. Padding rows are not touched."""
         for total, (columns, _) in zip((weight, low_rank), self._split(hidden), strict=False):  # no low rank: one part
             if total is not None:
-                _add_outer(total[: self.size], dz, hidden[:, columns])
+                _add_outer(total[: self.size], dz, hidden[:, columns], list(self._columns(hidden)))
         if bias is not None:
             bias[: self.size] += dz.sum(0)
 
 
-def _add_outer(total: Float[Tensor, "V k"], dz: Float[Tensor, "n V"], columns: Float[Tensor, "n k"]) -> None:
+def _add_outer(
+    total: Float[Tensor, "V k"], dz: Float[Tensor, "n V"], columns: Float[Tensor, "n k"], parts: list[slice]
+) -> None:
     """total += dz^T columns, in the precision of the products."""
     dtype, wide = precision(columns)
-    if dtype == wide:
-        total.addmm_(dz.T, columns)
-        return
-    for ids in chunks(total.shape[0], COLUMNS):
-        total[ids] += dz[:, ids].T.to(dtype) @ columns.to(dtype)
+    low = columns.to(dtype)
+    with exact(dz):
+        for ids in [slice(None)] if dtype == wide else parts:
+            add_product(total[ids], dz[:, ids].T.to(dtype), low)
+
+
+def add_product(
+    total: Float[Tensor, "m n"], a: Float[Tensor, "m k"], b: Float[Tensor, "k n"], fresh: bool = False
+) -> None:
+    """total += a b, in place; `fresh`: total = a b, whatever was there."""
+    if a.dtype == total.dtype:
+        total.addmm_(a, b, beta=0 if fresh else 1)
+    elif fresh:
+        total.copy_(a @ b)
+    else:
+        total += a @ b
 
 
 def precision(hidden: Tensor) -> tuple[torch.dtype, torch.dtype]:
@@ -174,7 +184,23 @@ def precision(hidden: Tensor) -> tuple[torch.dtype, torch.dtype]:
     if hidden.dtype == torch.float64:
         return torch.float64, torch.float64
     device = hidden.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype, torch.float32
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    return dtype if device != "cpu" or multiplies(dtype) else torch.float32, torch.float32
+
+
+@cache
+def multiplies(dtype: torch.dtype) -> bool:
+    """Whether this CPU has instructions for products in a dtype below float64.
+
+    Where it has not, torch multiplies bfloat16 and float16 in loops that take 4 to 50 times as long as float32 does.
+    """
+    if dtype == torch.float32 or not torch.backends.mkldnn.is_available():
+        return dtype == torch.float32
+    known = {
+        torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,
+        torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,
+    }
+    return dtype in known and bool(known[dtype]())
 
 
 def exact(z: Tensor) -> torch.autocast:
@@ -210,91 +236,3 @@ class TableRows:
 
     def take(self, rows: Int[Tensor, " n"]) -> "TableRows":
         return TableRows(self.table[rows])
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Scores: no gradient
-
-
-@dataclass(frozen=True)
-class RowScores:
-    """What `score_rows` read off N rows (nats); fields that were not asked for are None."""
-
-    sampled: Float[Tensor, " N"]
-    log_norm: Float[Tensor, " N"]  # log-sum-exp of the logits
-    entropy: Float[Tensor, " N"] | None
-    top_ids: Int[Tensor, "N Kt"] | None
-    top: Float[Tensor, "N Kt"] | None
-    ids: Int[Tensor, "N K"] | None  # the ids that `choose` gave
-    valid: Bool[Tensor, "N K"] | None
-    at_ids: Float[Tensor, "N K"] | None
-    tail: Float[Tensor, " N"] | None  # log of the mass outside the valid ids
-
-
-Choose = Callable[[slice, Tensor | None], tuple[Tensor, Tensor]]  # (rows, their top-k ids) -> ids, valid [n, K]
-
-
-@torch.no_grad()
-def score_rows(
-    head: Head,
-    hidden: Float[Tensor, "N H"],
-    tokens: Int[Tensor, " N"],
-    *,
-    top_k: int = 0,
-    entropy: bool = True,
-    choose: Choose | None = None,
-    chunk: int | None = None,
-) -> RowScores:
-    """Log-prob of each token, and on request entropy, the top-k, and log-probs at chosen ids with the tail outside.
-
-    `choose` may read the chunk's own top-k ids, so candidate sets made of both models' lists need one pass only.
-    Raises ValueError when `top_k` exceeds the vocabulary.
-    """
-    if top_k > head.size:
-        raise ValueError(f"top_k = {top_k} exceeds the vocabulary of {head.size} ids; ask for at most that many")
-    size = head.chunk(chunk)
-    parts = [_score_chunk(head, hidden, tokens, rows, top_k, entropy, choose) for rows in chunks(hidden.shape[0], size)]
-    if not parts:  # no rows: score an empty chunk for the shapes
-        parts = [_score_chunk(head, hidden, tokens, slice(0, 0), top_k, entropy, choose)]
-    columns = zip(*parts, strict=True)
-    return RowScores(*(None if c[0] is None else torch.cat([t for t in c if t is not None]) for c in columns))  # type: ignore[arg-type]
-
-
-def _score_chunk(
-    head: Head, hidden: Tensor, tokens: Tensor, rows: slice, top_k: int, entropy: bool, choose: Choose | None
-) -> list[Tensor | None]:
-    z = head.logits(hidden[rows])
-    top_ids = torch.topk(z, top_k, dim=-1).indices if top_k else None
-    ids, valid = (None, None) if choose is None else choose(rows, top_ids)
-    log_norm, ent, tail = (z.new_empty(z.shape[0]) for _ in range(3))
-    with exact(z):
-        for block in blocks(z.shape[0], z.shape[1], z.device):
-            log_norm[block] = z[block].logsumexp(-1)
-            lp = z[block].sub_(log_norm[block, None])
-            if not entropy and ids is None:
-                continue
-            p = lp.exp()
-            if entropy:
-                ent[block] = -torch.linalg.vecdot(p, lp)
-            if ids is not None and valid is not None:
-                tail[block] = tail_of(p, ids[block], valid[block])
-    at_top = None if top_ids is None else z.gather(1, top_ids)
-    at_ids = None if ids is None else z.gather(1, ids)
-    return [
-        z.gather(1, tokens[rows, None]).squeeze(1), log_norm, ent if entropy else None, top_ids, at_top,
-        ids, valid, at_ids, None if ids is None else tail,
-    ]  # fmt: skip
-
-
-def tail_of(p: Float[Tensor, "n V"], ids: Int[Tensor, "n K"], valid: Bool[Tensor, "n K"]) -> Float[Tensor, " n"]:
-    """Log of the mass outside the valid ids, summed over that complement; `p` is overwritten.
-
-    A mass of 0 (the ids cover the vocabulary) gives the log of the smallest normal number, never -inf.
-    """
-    return clear(p, ids, valid).sum(-1).clamp(min=torch.finfo(p.dtype).tiny).log()
-
-
-def clear(p: Float[Tensor, "n V"], ids: Int[Tensor, "n K"], valid: Bool[Tensor, "n K"]) -> Float[Tensor, "n V"]:
-    """Set the entries at the valid ids to 0, in place. An id may also stand in an invalid column: a product, because
-    it does not depend on the order in which the columns are written."""
-    return p.scatter_reduce_(1, ids, (~valid).to(p.dtype), "prod")

@@ -87,7 +87,7 @@ class LanguageModel:
 
     def run(self, **inputs: Any) -> Any:
         """The output of the model without its head, with the adapters on or off as this model has them."""
-        with self._switched():
+        with self.switched():
             return (self.forward or self.model.base_model)(**inputs)
 
     def extend(self, hidden: Float[Tensor, "*rows D"]) -> Float[Tensor, "*rows H"]:
@@ -102,7 +102,7 @@ class LanguageModel:
         """Raise ModelError unless head(hidden) gives the model's own logits (an operation we do not know about)."""
         ids = torch.arange(3, device=self.device)[None] % self.vocab
         with torch.no_grad():
-            with self._switched():
+            with self.switched():
                 own = self.model(input_ids=ids).logits[0, :, : self.vocab].float()
             ours = self.head().at(1.0).logits(self.hidden(ids)[0])
         gap = (own - ours).abs().max().item()
@@ -112,7 +112,8 @@ class LanguageModel:
                 f"by {gap:.3g}; the architecture transforms logits in a way this engine does not know"
             )
 
-    def _switched(self) -> AbstractContextManager[None]:
+    def switched(self) -> AbstractContextManager[None]:
+        """Inside the block the adapters are on or off as this model has them."""
         return nullcontext() if self.adapters is None else self.adapters.switched()
 
 
@@ -191,6 +192,8 @@ def load_models(recipe: Recipe, device: torch.device, seed: int) -> tuple[Langua
             teachers[name] = load_model(config, name, device)
         if teachers[name].model is not student.model:
             teachers[name].model.requires_grad_(False)
+    for lm in (student, *teachers.values()):
+        lm.packs = lm.packs and recipe.train.packing
     return student, teachers
 
 

@@ -3,8 +3,9 @@
 Axes: P prompts, R rows at the start, r rows that are still live, T prompt tokens with padding, H columns that
 the vocabulary head reads.
 
-Every prompt is read once, padded on the left, whatever the number of its rows. Only hidden states leave this file: the
-vocabulary head is the sampler's business. Left out: paged caches and speculative decoding.
+Every prompt is read once, padded on the left, whatever the number of its rows. Tokens are decoded by the model's `Body`
+where it has one, else by transformers' forward pass. Only hidden states leave this file: the vocabulary head is the
+sampler's business. Left out: paged caches and speculative decoding.
 """
 
 from collections.abc import Sequence
@@ -15,6 +16,8 @@ from torch import Tensor
 
 from opdkit.errors import ModelError
 from opdkit.models import LanguageModel
+from opdkit.rollouts.body import Body
+from opdkit.rollouts.cache import SHARED, Part, make_cache
 
 
 class Decoder:
@@ -23,12 +26,11 @@ class Decoder:
     hidden: Float[Tensor, "r H"]
 
     def __init__(
-        self, lm: LanguageModel, prompts: Sequence[Sequence[int]], owner: Int[Tensor, " R"], new_tokens: int
-    ) -> None:
+        self, lm: LanguageModel, prompts: Sequence[Sequence[int]], owner: Int[Tensor, " R"], new_tokens: int,
+        body: Body | None = None,
+    ) -> None:  # fmt: skip
         """Read the prompts; row i goes on from prompt owner[i], for at most `new_tokens` tokens."""
-        from opdkit.rollouts.cache import make_cache
-
-        self.lm = lm
+        self.lm, self.body = lm, body
         self.seen = max(len(p) for p in prompts)
         lengths = torch.tensor([len(p) for p in prompts])
         ids = torch.zeros(len(prompts), self.seen, dtype=torch.long)
@@ -42,14 +44,26 @@ class Decoder:
             self.mask = torch.cat([mask, mask.new_ones(len(prompts), new_tokens)], 1)
             positions = (mask.cumsum(-1) - 1).clamp(min=0)
         hidden = self._forward(ids.to(lm.device), positions)
+        self.hidden = hidden[owner]
+        self.part: Part | None = None
+        if body is not None:
+            shared = self.seen >= SHARED and len(prompts) < owner.shape[0]
+            padding = None if self.mask is None else mask == 0
+            self.part = Part(self.cache.layers, owner, padding, body.dtype, shared)
+            self.positions = lengths.to(lm.device)[owner]
+            del self.cache  # with `shared` the part holds the very same tensors
+            return
         self.positions = lengths.to(lm.device) if self.mask is not None else lengths[:1].to(lm.device)
         self.cache.reorder_cache(owner)
-        self.hidden = hidden[owner]
         if self.mask is not None:
             self.mask, self.positions = self.mask[owner], self.positions[owner]
 
     def keep(self, order: Int[Tensor, " r"]) -> None:
         """Go on with some of the rows: row i becomes what row order[i] was."""
+        if self.part is not None:
+            self.part.keep(order)
+            self.positions = self.positions[order]
+            return
         self.cache.reorder_cache(order)
         if self.mask is not None:
             self.mask, self.positions = self.mask[order], self.positions[order]
@@ -57,7 +71,11 @@ class Decoder:
     def advance(self, tokens: Int[Tensor, " r"]) -> None:
         """Feed one token to every row."""
         self.seen += 1
-        self.hidden = self._forward(tokens[:, None], self.positions[:, None])
+        if self.part is not None and self.body is not None:
+            with self.lm.switched():
+                self.hidden = self.lm.extend(self.body(tokens, self.positions, [self.part]))
+        else:
+            self.hidden = self._forward(tokens[:, None], self.positions[:, None])
         self.positions = self.positions + 1
 
     def _forward(self, ids: Int[Tensor, "r n"], positions: Int[Tensor, "s n"]) -> Float[Tensor, "r H"]:

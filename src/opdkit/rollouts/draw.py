@@ -17,6 +17,7 @@ from opdkit.divergences import NO_MASS, log_mixture
 from opdkit.head import Head, blocks
 
 SEGMENT = 512  # vocabulary entries whose masses are added up before one of them is searched
+SHORT = 64  # entries whose maximum is taken before the largest are looked for
 NUCLEUS = 64  # most probable ids that are looked at first when top-p needs an order
 
 
@@ -65,28 +66,50 @@ def draw(
 def _draw_rows(
     z: Float[Tensor, "r V"], uniform: Float[Tensor, " r"], cut: Cut, mixed: tuple[Float[Tensor, "r V"], float] | None
 ) -> Draw:
-    logp = z.log_softmax(-1)
-    p = logp.exp()
-    entropy = -(p * logp).sum(-1)  # not vecdot: autocast would run it in half precision
-    top = torch.topk(logp, cut.keep_top, dim=-1)
+    """Draw from some rows of logits, which are overwritten."""
+    top, top_ids = largest(z, max(cut.keep_top, 1))
+    best = top_ids[:, 0]  # of the logits: two of them can round to one log-prob
+    p = (z - top[:, :1]).exp_()  # not normalised; the only exponential, which costs as much as all other passes
+    total = p.sum(-1, keepdim=True)
+    norm = top[:, :1] + total.log()
+    logp = z.sub_(norm)
+    entropy = -(p * logp).sum(-1) / total[:, 0]  # not vecdot: autocast would run it in half precision
+    record = entropy, top_ids[:, : cut.keep_top], (top - norm)[:, : cut.keep_top]
 
     def at(values: Tensor, index: Tensor) -> Tensor:
         return values.gather(1, index[:, None]).squeeze(1)
 
-    scores, source = z, logp  # what is drawn from: its order, and its log-probs
+    source = logp  # what is drawn from
     if mixed is not None:
-        scores = source = log_mixture(logp, mixed[0].log_softmax(-1), mixed[1])
-        p = source.exp()
-    if cut.greedy:  # of the logits: two of them can round to one log-prob
-        tokens = scores.argmax(-1)
-        return Draw(tokens, at(logp, tokens), torch.zeros_like(entropy), entropy, top.indices, top.values)
+        source = log_mixture(logp, mixed[0].log_softmax(-1), mixed[1])
+        p, best = source.exp(), source.argmax(-1)
+    if cut.greedy:
+        return Draw(best, at(logp, best), torch.zeros_like(entropy), *record)
     if cut.top_k or cut.top_p < 1.0:
         ids, kept = truncate(source, cut.top_k, cut.top_p)
         column = inverse_cdf(kept.exp(), uniform)
         tokens = at(ids, column)
-        return Draw(tokens, at(logp, tokens), at(kept, column), entropy, top.indices, top.values)
+        return Draw(tokens, at(logp, tokens), at(kept, column), *record)
     tokens = inverse_cdf(p, uniform)
-    return Draw(tokens, at(logp, tokens), at(source, tokens), entropy, top.indices, top.values)
+    return Draw(tokens, at(logp, tokens), at(source, tokens), *record)
+
+
+def largest(z: Float[Tensor, "r V"], k: int) -> tuple[Float[Tensor, "r k"], Int[Tensor, "r k"]]:
+    """The k largest entries of each row, best first, and their ids.
+
+    They stand in the k segments with the largest maxima: of a large vocabulary only those are sorted.
+    """
+    vocab = z.shape[1]
+    whole = vocab // SHORT * SHORT
+    if whole < 8 * k * SHORT:
+        return tuple(torch.topk(z, k, dim=-1))
+    peaks = z[:, :whole].unflatten(1, (-1, SHORT)).amax(-1)
+    found = torch.topk(peaks, k, dim=-1).indices
+    columns = (found[:, :, None] * SHORT + torch.arange(SHORT, device=z.device)).flatten(1)
+    rest = torch.arange(whole, vocab, device=z.device).expand(z.shape[0], -1)
+    columns = torch.cat([columns, rest], 1)
+    values, places = torch.topk(z.gather(1, columns), k, dim=-1)
+    return values, columns.gather(1, places)
 
 
 def inverse_cdf(p: Float[Tensor, "r V"], uniform: Float[Tensor, " r"]) -> Int[Tensor, " r"]:

@@ -12,14 +12,16 @@ own cache, and tokens are drawn from both. Left out: samplers in other processes
 import hashlib
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from opdkit.errors import DataError, ModelError, NonFiniteError, RecipeError
+from opdkit.head import Head
 from opdkit.models import LanguageModel
+from opdkit.rollouts.body import Body, make_body
 from opdkit.rollouts.decoder import Decoder, compaction
 from opdkit.rollouts.draw import Cut, Other, draw
 from opdkit.rollouts.rollout import Capture
@@ -97,6 +99,7 @@ def sample(
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # similar lengths: little padding
     rows = [(i, j) for i in order for j in range(how.group)]
     size = max(how.max_rows // how.group * how.group, min(how.max_rows, how.group))  # whole groups where they fit
+    bodies = [make_body(model, max(map(len, theirs), default=0) + how.max_new_tokens) for model, theirs in readers]
     found: dict[tuple[int, int], Sample] = {}
     for start in range(0, len(rows), size):
         wave = rows[start : start + size]
@@ -104,8 +107,10 @@ def sample(
         place = {i: n for n, i in enumerate(chosen)}
         uniform = torch.stack([noise(keys[i], j, how.max_new_tokens) for i, j in wave])
         work = _Wave([place[i] for i, _ in wave], uniform, how, keep, 0.0 if mixture is None else mixture.share)
-        samples = work.run([(model, [theirs[i] for i in chosen]) for model, theirs in readers])
+        given = zip(readers, bodies, strict=True)
+        samples = work.run([(model, [theirs[i] for i in chosen], body) for (model, theirs), body in given])
         found |= zip(wave, samples, strict=True)
+    torch.clear_autocast_cache()  # weights that were cast without autograd must not serve a forward pass with it
     return [[found[i, j] for j in range(how.group)] for i in range(len(prompts))]
 
 
@@ -171,16 +176,18 @@ class _Wave:
     keep: Keep
     share: float  # of the second reader, where there is one
 
-    def run(self, readers: Sequence[tuple[LanguageModel, Sequence[Sequence[int]]]]) -> list[Sample]:
-        """Sample with the first model, mixed with the second if there is one; each is given with its prompts."""
+    def run(self, readers: Sequence[tuple[LanguageModel, Sequence[Sequence[int]], Body | None]]) -> list[Sample]:
+        """Sample with the first model, mixed with the second if there is one; each has its prompts and its body."""
         lm, how = readers[0][0], self.how
         record, stopping = _Recorder(), StopStrings(lm.tokenizer, how.stop)
         # Without autograd's bookkeeping: 5 to 10 % of a small model's time. The record is put together outside of it,
-        # because tensors of inference mode may not take part in a backward pass.
-        with torch.inference_mode():
+        # because tensors of inference mode may not take part in a backward pass. Under autocast it would cost more than
+        # it saves: there it makes autocast forget the cast weights, so that every token casts all of them anew.
+        half = torch.is_autocast_enabled(lm.device.type)
+        with torch.no_grad() if half else torch.inference_mode():
             decoders = [
-                Decoder(model, prompts, torch.tensor(self.owner, device=model.device), how.max_new_tokens)
-                for model, prompts in readers
+                Decoder(model, prompts, torch.tensor(self.owner, device=model.device), how.max_new_tokens, body)
+                for model, prompts, body in readers
             ]
             ended = self._decode(decoders, stopping, record)
         samples = []
@@ -190,7 +197,7 @@ class _Wave:
             finish = "stop" if i in ended else "length" if text is None else "stop_string"
             text = lm.tokenizer.decode(ids, skip_special_tokens=True) if text is None else text
             samples.append(Sample(tuple(ids), finish, text, Capture(*recorded)))
-        for at, (model, _) in enumerate(readers):  # a mixture is not finite when either model is not
+        for at, (model, *_) in enumerate(readers):  # a mixture is not finite when either model is not
             recorded = [s.capture.behaviour if at else s.capture.logp for s in samples]
             if not all(bool(torch.isfinite(numbers).all()) for numbers in recorded):
                 raise NonFiniteError(
@@ -202,8 +209,8 @@ class _Wave:
     def _decode(self, decoders: Sequence[Decoder], stopping: StopStrings, record: "_Recorder") -> set[int]:
         """Draw token after token until every row is done. Returns the rows that an EOS token ended."""
         how, first, lm = self.how, decoders[0], decoders[0].lm
-        head = lm.head().at(how.temperature or 1.0)
-        heads = [decoder.lm.head() for decoder in decoders[1:]]
+        head = cast(lm.head()).at(how.temperature or 1.0)
+        heads = [cast(decoder.lm.head()) for decoder in decoders[1:]]
         uniform = self.uniform.to(lm.device)
         live = torch.arange(uniform.shape[0], device=lm.device)
         is_eos = torch.zeros(head.size, dtype=torch.bool, device=lm.device)
@@ -229,6 +236,16 @@ class _Wave:
                     decoder.keep(order)
                 decoder.advance(tokens)
         return ended
+
+
+def cast(head: Head) -> Head:
+    """The head as autocast's products read it, converted once instead of at every token."""
+    kind = head.weight.device.type
+    if not torch.is_autocast_enabled(kind) or head.weight.dtype == torch.float64:
+        return head
+    dtype = torch.get_autocast_dtype(kind)
+    low = head.low_rank
+    return replace(head, weight=head.weight.to(dtype), low_rank=None if low is None else low.to(dtype))
 
 
 class _Recorder:

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from opdkit.errors import MethodError
@@ -110,11 +110,18 @@ def row_terms(
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Some sequences of one source that go through the student together."""
+    """Some sequences of one source that go through the student together. Rows of its step are cut when they are due:
+    all batches' copies at once would be the step a second time."""
 
     batch: Batch
     rollouts: Sequence[Rollout]  # of which the batch takes some
-    terms: Sequence[RowTerm]
+    index: Int[Tensor, " n"]  # its trained tokens on the flat axis
+    step: Step
+    streams: Sequence[Stream]
+    coefs: Sequence[Float[Tensor, " N"]]
+
+    def terms(self) -> list[RowTerm]:
+        return row_terms(self.streams, self.coefs, self.step, self.index)
 
 
 def plan(
@@ -128,9 +135,8 @@ def plan(
         chosen = [rollouts[name][s] for s in sequences]
         for batch in batches(student, chosen, budget):
             index = flat_index(step, [sequences[i] for i in batch.index])
-            terms = row_terms(found[name], coefs[name], step, index)
-            if any(bool(t.coef.any()) for t in terms):
-                planned.append(MicroBatch(batch, chosen, terms))
+            if any(bool(coef[index].any()) for coef in coefs[name]):
+                planned.append(MicroBatch(batch, chosen, index, step, found[name], coefs[name]))
     return planned
 
 
@@ -144,7 +150,7 @@ def losses(
     """
     for batch in planned:
         hidden = batch.batch.states(student, batch.rollouts)
-        loss, _ = objective(hidden, student.head(), batch.terms, chunk)
+        loss, _ = objective(hidden, student.head(), batch.terms(), chunk)
         yield loss
     for _ in range(expected - len(planned)):
         yield student.hidden(torch.zeros(1, 1, dtype=torch.long, device=student.device)).sum() * 0.0

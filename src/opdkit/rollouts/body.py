@@ -1,0 +1,168 @@
+"""The layers of Llama-like models written out for one new token per row: what transformers computes, in fewer operations.
+
+Axes: r live rows, P prompts, G key-value heads, H query heads, m = H / G, d width of a head, t tokens so far, D hidden.
+
+A forward pass of transformers spends most of a small model's time on the number of its operations. Here matrices that
+read the same input are joined where the copy is small, rotary angles are looked up, query heads that share keys are
+read as several queries, and rows of one group read the keys of their prompt as one product (`Part`). Under autocast the
+weights are cast once for a whole sampling call. Used only for the classes in KNOWN, without hooks, and only after a
+trial in which the model's own forward pass gave the same (`make_body`); everything else decodes with transformers.
+Left out: windows, rotary angles that depend on the length, mixtures of experts.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from opdkit.models import LanguageModel
+from opdkit.rollouts.cache import BufferLayer, Part, make_cache
+
+KNOWN = ("LlamaModel", "MistralModel", "Qwen2Model", "Qwen3Model")
+JOINED = 2**18  # entries: larger matrices are not copied to be joined; their products outweigh the calls
+_trusted: WeakKeyDictionary[Any, dict[torch.dtype, bool]] = WeakKeyDictionary()  # model -> outcomes of its trials
+
+
+@dataclass(frozen=True)
+class _Layer:
+    qkv: Callable[[Tensor], Tensor]
+    out: Callable[[Tensor], Tensor]
+    gate_up: Callable[[Tensor], Tensor]
+    down: Callable[[Tensor], Tensor]
+    before: Tensor  # weights of the norms
+    after: Tensor
+    heads: Float[Tensor, "K d"] | None  # of the norm of each query and key head
+    scale: float
+
+
+class Body:
+    """A model's layers as they are now; `length` is the largest number of tokens that a row will hold."""
+
+    def __init__(self, lm: LanguageModel, length: int) -> None:
+        base, config = lm.model.base_model, lm.config
+        wide = torch.promote_types(base.norm.weight.dtype, torch.float32)
+        self.embed, self.eps = base.embed_tokens, torch.tensor(base.norm.variance_epsilon, dtype=wide, device=lm.device)
+        self.kv_heads, self.query_heads = config.num_key_value_heads, config.num_attention_heads
+        self.width, self.norm, self.act = base.layers[0].self_attn.head_dim, base.norm.weight, base.layers[0].mlp.act_fn
+        device = lm.device.type
+        self.dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.norm.dtype
+        self.layers = [self._layer(layer) for layer in base.layers]
+        positions = torch.arange(length, device=lm.device)[None]
+        cos, sin = base.rotary_emb(self.norm, positions)
+        low, high = sin[0].chunk(2, -1)
+        self.angles = torch.stack([cos[0], torch.cat([-low, high], -1)], 1)  # [length, 2, d]
+
+    def _layer(self, layer: Any) -> _Layer:
+        attention, mlp = layer.self_attn, layer.mlp
+        norms = None
+        if "q_norm" in attention._modules:
+            counts = (self.query_heads, attention.q_norm), (self.kv_heads, attention.k_norm)
+            norms = torch.cat([norm.weight.expand(n, -1) for n, norm in counts])
+        return _Layer(
+            joined((attention.q_proj, attention.k_proj, attention.v_proj), self.dtype),
+            joined((attention.o_proj,), self.dtype),
+            joined((mlp.gate_proj, mlp.up_proj), self.dtype),
+            joined((mlp.down_proj,), self.dtype),
+            layer.input_layernorm.weight, layer.post_attention_layernorm.weight, norms, attention.scaling,
+        )  # fmt: skip
+
+    def __call__(
+        self, tokens: Int[Tensor, " r"], positions: Int[Tensor, " r"], parts: Sequence[Part]
+    ) -> Float[Tensor, "r D"]:
+        """Last hidden states after one more token per row; its keys are added to the parts, whose rows are in order."""
+        x = self.embed(tokens)
+        angles = self.angles.index_select(0, positions)[:, :, None]
+        cos, sin = angles[:, 0], angles[:, 1]
+        rows, turning = tokens.shape[0], self.query_heads + self.kv_heads
+        for i, layer in enumerate(self.layers):
+            heads = layer.qkv(rms_norm(x, layer.before, self.eps)).view(rows, -1, self.width)
+            turned = heads[:, :turning]
+            if layer.heads is not None:
+                turned = rms_norm(turned, layer.heads, self.eps)
+            turned = torch.addcmul(turned * cos, turned.roll(self.width // 2, -1), sin).to(self.dtype)
+            query = turned[:, : self.query_heads].view(rows, self.kv_heads, -1, self.width)
+            key, value = turned[:, self.query_heads :], heads[:, turning:]
+            found, at = [], 0
+            for part in parts:
+                its = slice(at, at + part.rows)
+                found.append(part.attend(i, query[its], key[its], value[its], layer.scale))
+                at += part.rows
+            mixed = found[0] if len(found) == 1 else torch.cat(found)
+            x = x + layer.out(mixed)
+            gate, up = layer.gate_up(rms_norm(x, layer.after, self.eps)).chunk(2, -1)
+            x = x + layer.down(self.act(gate).mul_(up))
+        return rms_norm(x, self.norm, self.eps)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: Tensor) -> Tensor:
+    """x / root mean square x weight over the last axis, with the mean in float32 as transformers has it."""
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=eps.dtype)  # F.rms_norm takes twice as long here
+    scale = torch.addcmul(eps, norm, norm, value=1 / x.shape[-1]).rsqrt_()
+    return (x * scale).to(x.dtype) * weight
+
+
+def joined(modules: Sequence[nn.Module], dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    """A function that applies linear layers to one input and joins their outputs; modules of other classes are called."""
+    if not all(type(m) is nn.Linear for m in modules):
+        return lambda x: torch.cat([m(x) for m in modules], -1) if len(modules) > 1 else modules[0](x)
+    given = [(m.weight, m.bias) for m in modules]
+    if len(modules) > 1 and sum(w.numel() for w, _ in given) <= JOINED:
+        biases = [w.new_zeros(w.shape[0]) if b is None else b for w, b in given]
+        none = all(b is None for _, b in given)
+        given = [(torch.cat([w for w, _ in given]), None if none else torch.cat(biases))]
+    cast = [(w.to(dtype), None if b is None else b.to(dtype)) for w, b in given]
+    if len(cast) == 1:
+        weight, bias = cast[0]
+        return lambda x: F.linear(x.to(dtype), weight, bias)
+    return lambda x: torch.cat([F.linear(x.to(dtype), w, b) for w, b in cast], -1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Which models
+
+
+@torch.no_grad()
+def make_body(lm: LanguageModel, length: int) -> Body | None:
+    """The model's body for rows of up to `length` tokens; None where only transformers' forward pass will do."""
+    base = lm.model.base_model
+    if lm.forward is not None or type(base).__name__ not in KNOWN or not base.__module__.startswith("transformers."):
+        return None
+    if any(m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) for m in base.modules()):
+        return None  # sharded, placed on several devices, or watched
+    if base.rotary_emb.rope_type in ("dynamic", "longrope"):
+        return None
+    if any(type(layer) is not BufferLayer for layer in make_cache(lm.model.config).layers):
+        return None
+    with lm.switched():
+        body = Body(lm, length)
+        outcomes = _trusted.setdefault(lm.model, {})
+        if body.dtype not in outcomes:
+            outcomes[body.dtype] = agrees(lm)
+    return body if outcomes[body.dtype] else None
+
+
+def agrees(lm: LanguageModel) -> bool:
+    """Whether the body decodes as the model's own forward pass does: two prompts, three tokens, with and without groups."""
+    prompts, new = (
+        torch.tensor([[1, 2, 3, 2], [3, 3, 1, 0]]) % lm.vocab,
+        torch.tensor([[2, 1, 1], [1, 3, 0]]) % lm.vocab,
+    )
+    prompts, new = prompts.to(lm.device), new.to(lm.device)
+    whole = torch.cat([prompts, new], 1)
+    expected = lm.run(input_ids=whole, use_cache=False).last_hidden_state[:, prompts.shape[1] :]
+    body = Body(lm, whole.shape[1])
+    close = 1e-4 if body.dtype in (torch.float32, torch.float64) else 5e-2
+    for owner in ([0, 1], [0, 0, 1]):
+        cache, rows = make_cache(lm.model.config), torch.tensor(owner, device=lm.device)
+        lm.run(input_ids=prompts, past_key_values=cache, use_cache=True)
+        part = Part(cache.layers, rows, None, body.dtype, shared=len(owner) > 2)
+        for t in range(new.shape[1]):
+            found = body(new[rows, t], rows.new_full(rows.shape, prompts.shape[1] + t), [part])
+            if not (found - expected[rows, t]).abs().max() <= close * expected.abs().max():
+                return False
+    return True
