@@ -69,6 +69,7 @@ smollm2-lora: $(VENV)/.installed
 # Minutes on two quiet cores: step up to 60, head 25, sample 12, scaling 12, plan 10; each takes --quick. Peers take part
 # where they are installed (step needs trl).
 benchmarks: $(VENV)/.installed
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[benchmarks]'
 	$(BIN)/python benchmarks/step.py
 	$(BIN)/python benchmarks/head.py
 	$(BIN)/python benchmarks/sample.py

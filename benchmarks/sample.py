@@ -22,10 +22,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from measure import Table, Target, in_child, write
 from settings import EOS, PAD, SETTINGS, chain, paths
-
-import torch
 
 from opdkit.config import ModelConfig
 from opdkit.head import score_rows

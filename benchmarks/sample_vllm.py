@@ -13,21 +13,11 @@ import sys
 import time
 from typing import Any
 
-folder, context, threads, descriptor = sys.argv[1], *map(int, sys.argv[2:5])
-os.environ |= {
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1",
-    "VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": str(threads),
-}  # fmt: skip
 
-import torch
-from vllm import LLM, SamplingParams
-
-torch.set_num_threads(threads)
-llm = LLM(model=folder, dtype="float32", enforce_eager=True, max_model_len=context, max_num_seqs=64)
-
-
-def run(work: dict[str, Any]) -> dict[str, float]:
+def run(llm: Any, work: dict[str, Any]) -> dict[str, float]:
     """Sample one workload."""
+    from vllm import SamplingParams
+
     how = SamplingParams(
         n=work["group"], temperature=1.0, max_tokens=work["new"], ignore_eos=not work["ends"],
         logprobs=work["logprobs"], detokenize=False, top_p=1.0, top_k=0,
@@ -39,7 +29,20 @@ def run(work: dict[str, Any]) -> dict[str, float]:
     return spent | {"tokens": sum(len(o.token_ids) for r in found for o in r.outputs)}
 
 
-with os.fdopen(descriptor, "w") as answers:
-    print("ready", file=answers, flush=True)
-    for line in sys.stdin:
-        print(json.dumps(run(json.loads(line))), file=answers, flush=True)
+def main() -> None:
+    folder, context, threads, descriptor = sys.argv[1], *map(int, sys.argv[2:5])
+    os.environ |= {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1",
+        "VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": str(threads),
+    }  # fmt: skip
+    from vllm import LLM
+
+    llm = LLM(model=folder, dtype="float32", enforce_eager=True, max_model_len=context, max_num_seqs=64)
+    with os.fdopen(descriptor, "w") as answers:
+        print("ready", file=answers, flush=True)
+        for line in sys.stdin:
+            print(json.dumps(run(llm, json.loads(line))), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    main()

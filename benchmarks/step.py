@@ -7,195 +7,35 @@ first few, and the median of the ratios of neighbouring runs. Both train with th
 vocabulary (TRL: beta = 1), the same prompts in the same order, AdamW at a constant rate, temperature 1, float32.
 Afterwards both students are evaluated by the same code: accuracy on held-out problems where the task has answers, and
 exact reverse KL on their own samples. Memory is the most resident bytes beyond the loaded models. Settings: settings.py.
-Left out: trainers that need a GPU, TRL with vLLM.
+Needs trl (pip install 'opdkit[benchmarks]'). Left out: trainers that need a GPU, TRL with vLLM.
 """
 
 import argparse
+import importlib.util
 import json
 import os
-import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
-from collections import defaultdict
-from collections.abc import Callable
-from itertools import pairwise
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import measure
 import torch
-from settings import SETTINGS, Setting, paths
+from measure import Table, Target
+from settings import SETTINGS, Setting
+from step_contenders import run_ours, run_trl
 
 from opdkit.config import Recipe
-from opdkit.train.data import PromptOrder
 
 Json = dict[str, Any]
 CONTENDERS = ("ours", "trl")
-TARGETS = {"a": 1.5, "a-natural": 1.5, "b": 3.0, "c": 2.0, "d": 1.3}  # tokens a second, ours / TRL
+FASTER = {"a": 1.5, "a-natural": 1.5, "b": 3.0, "c": 2.0, "d": 1.3}  # tokens a second, ours / TRL
 MEMORY = {"c": 1 / 3}  # bytes above the loaded models, ours / TRL
+LEARNED = ("accuracy", "reverse_kl")  # what an evaluation says about a student
 OUTSIDE = {"b": 0.1, "c": 0.1, "d": 0.1}  # share of our step outside sampling, forwards and backwards
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Ours, in a child
-
-
-def run_ours(setting: Setting, recipe: Recipe, out: Path) -> Json:
-    """Train and return seconds per phase and step, tokens per step, and peak bytes."""
-    from opdkit.train import loop, rolling
-
-    watch, start, measured = _Watch(), rolling.Rolling.step, loop.measure
-    watch.wrap()
-    base: list[int] = []
-    peak: list[int] = []
-    marks: list[tuple[float, float]] = []  # at the start of every step and the end of the last: CPU, inside
-
-    def first(self: Any, step: int) -> Any:
-        if not base:
-            _touch(self.setup.student.model, *(t.model for t in self.setup.teachers.values()))
-            base.append(measure.reset_peak())
-        marks.append((time.process_time(), watch.seconds))
-        return start(self, step)
-
-    def last(*arguments: Any) -> Any:
-        peak.append(measure.peak() - base[0])
-        if len(peak) == recipe.train.steps:  # saving and evaluation do not count; TRL's are off
-            marks.append((time.process_time(), watch.seconds))
-        return measured(*arguments)
-
-    rolling.Rolling.step = first  # type: ignore[method-assign]
-    loop.measure = last  # type: ignore[assignment]
-    folder = loop.train(recipe)
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    shutil.copytree(next(folder.glob("checkpoints/*/")), out / "student", dirs_exist_ok=True)
-    phases = {name: [b[i] - a[i] for a, b in pairwise(marks)] for i, name in enumerate(("cpu", "inside"))}
-    phases |= {k: [line[f"seconds/{k}"] for line in lines] for k in ("sample", "score", "update", "other", "step")}
-    return {"seconds": phases, "tokens": [line["tokens"] for line in lines], "peak": peak[-1]}
-
-
-class _Watch:
-    """Seconds inside the forwards and backwards of scoring and update."""
-
-    def __init__(self) -> None:
-        self.seconds = 0.0
-
-    def wrap(self) -> None:
-        from opdkit.train import update
-        from opdkit.views import local
-        from opdkit.views.batches import Batch
-
-        inside = ((Batch, "states"), (local, "score_batch"), (update, "objective"), (torch.Tensor, "backward"))
-        for owner, name in inside:
-            setattr(owner, name, self._timed(getattr(owner, name)))
-
-    def _timed(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        def timed(*arguments: Any, **named: Any) -> Any:
-            start = time.perf_counter()
-            try:
-                return function(*arguments, **named)
-            finally:
-                self.seconds += time.perf_counter() - start
-
-        return timed
-
-
-def _touch(*models: Any) -> None:
-    """Read every weight, so that files mapped into memory count as loaded."""
-    for model in models:
-        for parameter in model.parameters():
-            parameter.sum()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# TRL, in a child
-
-
-def run_trl(setting: Setting, recipe: Recipe, out: Path) -> Json:
-    """The same run by trl.DistillationTrainer."""
-    from datasets import Dataset
-    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
-    from trl import DistillationConfig, DistillationTrainer
-
-    student, teacher = paths(recipe)
-    tokenizer = AutoTokenizer.from_pretrained(student, padding_side="left")
-    rows = prompt_texts(recipe, tokenizer)
-    tokenizer.chat_template = None
-    if not setting.ends:
-        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(recipe.sampling.eos_ids[0])  # type: ignore[index]
-    seconds: dict[str, list[float]] = defaultdict(list)
-    state: Json = {"tokens": []}
-
-    class Timed(DistillationTrainer):  # type: ignore[misc]
-        def _generate_and_score_completions(self, inputs: Any) -> Any:
-            start = time.perf_counter()
-            found = super()._generate_and_score_completions(inputs)
-            seconds["sample"].append(time.perf_counter() - start)
-            state["tokens"].append(int(found["completion_mask"].sum()))
-            return found
-
-    class Clock(TrainerCallback):  # type: ignore[misc]
-        def on_train_begin(self, *_: Any, model: Any = None, **__: Any) -> None:
-            _touch(model, trainer.teacher_model)
-            state["base"] = measure.reset_peak()
-
-        def on_step_begin(self, *_: Any, **__: Any) -> None:
-            state["cpu"] = time.process_time()
-            state["start"] = time.perf_counter()
-
-        def on_step_end(self, *_: Any, **__: Any) -> None:
-            seconds["cpu"].append(time.process_time() - state["cpu"])
-            seconds["step"].append(time.perf_counter() - state["start"])
-
-    batch = recipe.train.prompts_per_step * recipe.sampling.group
-    args = DistillationConfig(
-        output_dir=str(out / "trl"), per_device_train_batch_size=batch, gradient_accumulation_steps=1,
-        max_steps=recipe.train.steps, max_completion_length=recipe.sampling.max_new_tokens, temperature=1.0, beta=1.0,
-        learning_rate=recipe.optim.lr, lr_scheduler_type="constant", report_to="none", logging_steps=10_000,
-        use_cpu=True, bf16=False, gradient_checkpointing=False, save_strategy="no", disable_tqdm=True,
-        shuffle_dataset=False, seed=recipe.seed, max_grad_norm=recipe.optim.grad_clip, top_k=0,
-        weight_decay=recipe.optim.weight_decay, adam_beta1=recipe.optim.betas[0], adam_beta2=recipe.optim.betas[1],
-    )  # fmt: skip
-    models = [AutoModelForCausalLM.from_pretrained(p, dtype=torch.float32) for p in (student, teacher)]
-    if not setting.ends:
-        models[0].generation_config.eos_token_id = recipe.sampling.eos_ids[0]  # type: ignore[index]
-    trainer = Timed(
-        model=models[0], teacher_model=models[1], args=args, train_dataset=Dataset.from_dict({"prompt": rows}),
-        processing_class=tokenizer, callbacks=[Clock()],
-    )  # fmt: skip
-    trainer.train()
-    peak = measure.peak() - state["base"]
-    trainer.model.save_pretrained(out / "student")
-    AutoTokenizer.from_pretrained(student).save_pretrained(out / "student")
-    seconds["score and update"] = [
-        whole - drawn for whole, drawn in zip(seconds["step"], seconds["sample"], strict=True)
-    ]
-    return {"seconds": dict(seconds), "tokens": state["tokens"], "peak": peak}
-
-
-def prompt_texts(recipe: Recipe, tokenizer: Any) -> list[str]:
-    """The prompts of every step as text, in our order, one row for each response. SystemExit where text changes ids."""
-    from opdkit.tasks.load import load_task
-    from opdkit.tasks.prompts import encode_problems
-
-    problems = encode_problems(
-        load_task(recipe.task).train, tokenizer, recipe.task, 10**9, recipe.sampling.max_new_tokens
-    )
-    order = PromptOrder(len(problems), recipe.seed)
-    rows = []
-    for index in order.take(recipe.train.steps * recipe.train.prompts_per_step):
-        ids = list(problems[index][1])
-        text = tokenizer.decode(ids)
-        if tokenizer(text)["input_ids"] != ids:
-            raise SystemExit(f"prompt {index} does not survive decoding and encoding: {text!r}")
-        rows += [text] * recipe.sampling.group
-    return rows
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The parent
 
 
 def child(options: argparse.Namespace) -> None:
@@ -203,9 +43,13 @@ def child(options: argparse.Namespace) -> None:
     setting, out = SETTINGS[options.setting[0]], Path(options.out)
     torch.set_num_threads(options.threads)
     recipe = prepared(setting, options.steps, options.seed, out / "run")
-    run = run_ours if options.child == "ours" else run_trl
+    run: Callable[[Setting, Recipe, Path], Json] = run_ours if options.child == "ours" else run_trl
     found = run(setting, recipe, out)
-    (out / "result.json").write_text(json.dumps(found | {"student": judged(recipe, str(out / "student"))}))
+    found["student"] = judged(recipe, str(out / "student"))
+    if options.child == "ours":  # both start from the same student
+        first = json.loads((out / "run" / "evals.jsonl").read_text().splitlines()[0])
+        found["before"] = {key: value for key, value in first.items() if key in LEARNED}
+    (out / "result.json").write_text(json.dumps(found))
 
 
 def prepared(setting: Setting, steps: int, seed: int, output: Path) -> Recipe:
@@ -222,7 +66,7 @@ def judged(recipe: Recipe, student: str) -> Json:
 
     setup = set_up(recipe.model_copy(update={"student": recipe.student.model_copy(update={"path": student})}))
     record = evaluate(setup, setup.student, 0)
-    return {k: v for k, v in record.items() if k in ("accuracy", "accuracy_se", "reverse_kl", "reverse_kl_se")}
+    return {key: value for key, value in record.items() if key in LEARNED}
 
 
 def spawn(who: str, setting: Setting, steps: int, seed: int, threads: int) -> Json:
@@ -251,10 +95,108 @@ def summary(found: Json, skip: int) -> Json:
             "peak": found["peak"], **found["student"]}  # fmt: skip
 
 
+def measured(setting: Setting, options: argparse.Namespace) -> list[dict[str, Json]]:
+    """Both contenders' summaries, run after run."""
+    setting.recipe()  # its models are made before anything is measured
+    steps = options.steps or (setting.skip + 5 if options.quick else setting.steps)
+    found = []
+    for seed in range(1 if options.quick else min(options.seeds, setting.seeds)):
+        runs = {who: spawn(who, setting, steps, seed, options.threads) for who in CONTENDERS}
+        found.append({who: summary(run, setting.skip) for who, run in runs.items()})
+        found[-1] |= {"before": runs["ours"]["before"], "steps": steps}
+        both = [found[-1][who]["rate"] for who in CONTENDERS]
+        print(f"{setting.name}, seed {seed}: {both[0]:,.0f} against {both[1]:,.0f} tokens a second", flush=True)
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tables
+
+
+def middle(runs: Sequence[dict[str, Json]], who: str, *keys: str) -> float | None:
+    """Median over the runs of one number of a contender; None where it was not measured."""
+    values: list[Any] = [run[who] for run in runs]
+    for key in keys:
+        values = [None if v is None else v.get(key) for v in values]
+    return None if any(v is None for v in values) else statistics.median(values)
+
+
+def ratios(runs: Sequence[dict[str, Json]], key: str) -> list[float]:
+    return [run["ours"][key] / run["trl"][key] for run in runs]
+
+
+def mean(runs: Sequence[dict[str, Json]], who: str, key: str, scale: float = 1.0) -> str | None:
+    """Mean over the seeds and, from two of them, its standard error."""
+    values = [run[who][key] * scale for run in runs if key in run[who]]
+    if not values:
+        return None
+    error = f" ± {statistics.stdev(values) / len(values) ** 0.5:.2g}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.3g}{error}"
+
+
+def tables(runs: dict[str, list[dict[str, Json]]]) -> list[Table]:
+    speed = Table("Tokens a second", ["setting", "ours", "TRL", "ours / TRL", "lowest", "highest", "steps x seeds"])
+    phases = Table(
+        "Median seconds of a step",
+        [
+            "setting",
+            "sample",
+            "score",
+            "update",
+            "other",
+            "step",
+            "TRL sample",
+            "TRL score and update",
+            "TRL step",
+            "outside",
+        ],
+        note="outside: share of our step that is neither sampling nor a forward or backward pass",
+    )
+    memory = Table("Peak memory above the loaded models, MiB", ["setting", "ours", "TRL", "memory, ours / TRL"])
+    learning = Table(
+        "After equal steps: mean and standard error over the seeds",
+        ["setting", "reverse KL before", "ours", "TRL", "accuracy before, %", "ours ", "TRL "],
+        note="reverse KL in nats per token on the student's own samples to held-out prompts",
+    )
+    for name, found in runs.items():
+        about = f"({name}) {SETTINGS[name].about}"
+        ratio = measure.spread(ratios(found, "rate"))
+        both = [middle(found, who, "rate") for who in CONTENDERS]
+        speed.rows.append([about, *both, *ratio, f"{found[0]['steps']} x {len(found)}"])
+        ours = [middle(found, "ours", "seconds", k) for k in ("sample", "score", "update", "other", "step")]
+        theirs = [middle(found, "trl", "seconds", k) for k in ("sample", "score and update", "step")]
+        share = middle(found, "ours", "outside")
+        phases.rows.append([f"({name})", *ours, *theirs, None if share is None else f"{share:.1%}"])
+        peaks = [(middle(found, who, "peak") or 0.0) / 2**20 for who in CONTENDERS]
+        memory.rows.append([f"({name})", *map(round, peaks), statistics.median(ratios(found, "peak"))])
+        learned = [mean(found, who, "reverse_kl") for who in ("before", *CONTENDERS)]
+        right = [mean(found, who, "accuracy", 100.0) for who in ("before", *CONTENDERS)]
+        learning.rows.append([f"({name})", *learned, *right])
+    return [speed, phases, memory, learning]
+
+
+def targets(runs: dict[str, list[dict[str, Json]]]) -> list[Target]:
+    found = []
+    for name, done in runs.items():
+        speed, peak = (statistics.median(ratios(done, key)) for key in ("rate", "peak"))
+        goal = FASTER[name]
+        found.append(Target(f"({name}) tokens a second, ours / TRL", f">= {goal:g}", f"{speed:.2f}", speed >= goal))
+        if name in MEMORY:
+            text = f"<= {MEMORY[name]:.2f}"
+            found.append(Target(f"({name}) memory, ours / TRL", text, f"{peak:.2f}", peak <= MEMORY[name]))
+        if name in OUTSIDE:
+            share = middle(done, "ours", "outside") or 0.0
+            what = f"({name}) share outside sampling, forwards and backwards"
+            found.append(Target(what, f"< {OUTSIDE[name]:.0%}", f"{share:.1%}", share < OUTSIDE[name]))
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--setting", nargs="+", choices=list(SETTINGS), default=list(SETTINGS))
-    parser.add_argument("--quick", action="store_true", help="one seed and few steps of settings a and c")
+    parser.add_argument(
+        "--quick", action="store_true", help="one seed and few steps of settings a and c; writes nothing"
+    )
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, help="instead of each setting's own number")
@@ -264,15 +206,16 @@ def main() -> None:
     options = parser.parse_args()
     if options.child:
         return child(options)
-    runs: dict[str, list[Json]] = {}
-    for name in ("a", "c") if options.quick else options.setting:
-        setting = SETTINGS[name]
-        setting.recipe()  # its models are made before anything is measured
-        steps = options.steps or (setting.skip + 5 if options.quick else setting.steps)
-        for seed in range(1 if options.quick else min(options.seeds, setting.seeds)):
-            both = {who: summary(spawn(who, setting, steps, seed, options.threads), setting.skip) for who in CONTENDERS}
-            runs.setdefault(name, []).append(both)
-            print(name, seed, json.dumps(both), flush=True)
+    if importlib.util.find_spec("trl") is None:
+        raise SystemExit("the peer is not installed: pip install 'opdkit[benchmarks]'")
+    chosen = ["a", "c"] if options.quick else options.setting
+    runs = {name: measured(SETTINGS[name], options) for name in chosen}
+    for table in tables(runs):
+        print(f"\n{table.markdown()}")
+    for goal in targets(runs):
+        print(f"{'met   ' if goal.met else 'missed'} {goal.what}: {goal.value} (target {goal.target})")
+    if chosen == list(SETTINGS):
+        print(f"written to {measure.write('step', 'python benchmarks/step.py', tables(runs), targets(runs), runs)}")
 
 
 if __name__ == "__main__":

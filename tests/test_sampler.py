@@ -14,7 +14,7 @@ from opdkit.head import Head
 from opdkit.models import LanguageModel, load_model
 from opdkit.rollouts.cache import BufferLayer
 from opdkit.rollouts.decoder import compaction
-from opdkit.rollouts.draw import Cut, Other, draw, inverse_cdf, truncate
+from opdkit.rollouts.draw import Cut, Other, draw, inverse_cdf, largest, truncate
 from opdkit.rollouts.sampler import Keep, Mixture, Sampling, noise, prompt_keys, sample
 from opdkit.rollouts.stopping import StopStrings
 
@@ -247,6 +247,17 @@ def test_rows_of_a_large_vocabulary_are_drawn_in_blocks_alike():
     for i in range(20):
         for a, b in zip(together, draw(head, hidden[i : i + 1], u[i : i + 1], Cut(keep_top=3)), strict=True):
             torch.testing.assert_close(a[i : i + 1], b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("vocab", [7, 3000, 3001, 3063])
+def test_the_largest_entries_of_a_large_vocabulary(vocab):
+    z = torch.randn(5, vocab, generator=torch.Generator().manual_seed(vocab))
+    z[0, -3:] = torch.tensor([7.0, 9.0, 8.0])  # beyond the last whole segment, for some sizes
+    z[1, 0:4] = torch.tensor([7.0, 9.0, 8.0, 6.0])  # all in one segment
+    values, ids = largest(z, 4)
+    expected = z.topk(4)
+    assert torch.equal(values, expected.values)
+    assert torch.equal(ids, expected.indices)
 
 
 def test_greedy_equals_generate(lm):

@@ -106,15 +106,15 @@ def rms_norm(x: Tensor, weight: Tensor, eps: Tensor) -> Tensor:
     return (x * scale).to(x.dtype) * weight
 
 
-def joined(modules: Sequence[nn.Module], dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+def joined(modules: Sequence[Any], dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
     """A function that applies linear layers to one input and joins their outputs; modules of other classes are called."""
     if not all(type(m) is nn.Linear for m in modules):
-        return lambda x: torch.cat([m(x) for m in modules], -1) if len(modules) > 1 else modules[0](x)
-    given = [(m.weight, m.bias) for m in modules]
-    if len(modules) > 1 and sum(w.numel() for w, _ in given) <= JOINED:
+        return lambda x: torch.cat([m(x) for m in modules], -1)
+    given: list[tuple[Tensor, Tensor | None]] = [(m.weight, m.bias) for m in modules]
+    if len(given) > 1 and sum(w.numel() for w, _ in given) <= JOINED:
         biases = [w.new_zeros(w.shape[0]) if b is None else b for w, b in given]
-        none = all(b is None for _, b in given)
-        given = [(torch.cat([w for w, _ in given]), None if none else torch.cat(biases))]
+        plain = all(b is None for _, b in given)
+        given = [(torch.cat([w for w, _ in given]), None if plain else torch.cat(biases))]
     cast = [(w.to(dtype), None if b is None else b.to(dtype)) for w, b in given]
     if len(cast) == 1:
         weight, bias = cast[0]

@@ -160,7 +160,8 @@ class Part:
         slots[place] = torch.arange(self.rows)
         device = self.own[0].room[0].device
         aligned = torch.equal(slots, torch.arange(self.rows))
-        self.slots, self.place = (None, None) if aligned else (slots.to(device), place.to(device))
+        self.slots = None if aligned else slots.to(device)
+        self.place = None if aligned else place.to(device)
 
     def attend(
         self, layer: int, query: Float[Tensor, "r G m d"], key: Float[Tensor, "r G d"], value: Float[Tensor, "r G d"],

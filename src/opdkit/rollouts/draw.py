@@ -102,7 +102,8 @@ def largest(z: Float[Tensor, "r V"], k: int) -> tuple[Float[Tensor, "r k"], Int[
     vocab = z.shape[1]
     whole = vocab // SHORT * SHORT
     if whole < 8 * k * SHORT:
-        return tuple(torch.topk(z, k, dim=-1))
+        few = torch.topk(z, k, dim=-1)
+        return few.values, few.indices
     peaks = z[:, :whole].unflatten(1, (-1, SHORT)).amax(-1)
     found = torch.topk(peaks, k, dim=-1).indices
     columns = (found[:, :, None] * SHORT + torch.arange(SHORT, device=z.device)).flatten(1)
