@@ -11,14 +11,15 @@ cache. Peak extra memory: 4 bytes x C x V, plus 4 x C x V for each teacher with 
 Left out: sharded (tensor-parallel) heads, second derivatives.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from opdkit.lm_head import PARAMETERS, Head, HeadRows, TableRows, blocks, chunks, exact, precision
+from opdkit.errors import ModelError
+from opdkit.lm_head import PARAMETERS, Head, HeadRows, TableRows, blocks, chunks, exact, normalised, precision
 from opdkit.row_scores import RowScores, clear, score_rows, tail_of
 from opdkit.rows import FullLoss, Loss, SparseLoss, StudentRows
 from opdkit.step import Step
@@ -28,6 +29,7 @@ __all__ = [
 ]  # fmt: skip
 
 Teachers = dict[tuple[int, str | None], Tensor]  # (step, view) -> full-vocabulary log-probs [n, V]
+Rooms = dict[int, Tensor]  # memory for the log-probs of each teacher in turn
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,8 @@ def objective(
     """Sum over terms and rows of coef x loss, and each term's row losses (nats, detached).
 
     The sum is differentiable with respect to `hidden` and, unless they are frozen, the head's weight, bias and low rank.
+    Any `chunk` gives the same numbers, one above N too; N = 0 gives 0. RecipeError for a chunk below 1, ModelError for a
+    teacher with another vocabulary.
     """
     inputs = (hidden, head.weight, head.bias, head.low_rank)
     wants = tuple(torch.is_grad_enabled() and t is not None and t.requires_grad for t in inputs)
@@ -67,17 +71,20 @@ class _Objective(torch.autograd.Function):
         sums = [
             torch.zeros_like(t, dtype=wide) if want else None for t, want in zip(inputs[1:], wants[1:], strict=True)
         ]
-        for part in chunks(hidden.shape[0], head.chunk(chunk)):
+        size = max(1, min(hidden.shape[0], head.chunk(chunk)))
+        room, rooms = hidden.new_empty(size, head.size, dtype=wide), Rooms()  # memory that every chunk uses anew
+        for part in chunks(hidden.shape[0], size):
             h = hidden[part].detach()
             local = _slice(terms, part, hidden.shape[0], wide)
-            dz, values = _chunk_gradient(h, head, local, any(wants))
+            dz = head.logits(h, room[: h.shape[0]])
+            with exact(dz):
+                values = _to_gradient(dz, head, local, any(wants), rooms)
             for term, row, value in zip(local, rows, values, strict=True):
                 row[part] = value
                 total += (term.coef * value).sum()
             if grad_hidden is not None:
                 grad_hidden[part] = head.hidden_gradient(dz, h)
             head.add_gradients(*sums, dz, h)
-            del dz  # else it lives beside the next chunk's logits
         ctx.save_for_backward(grad_hidden, *sums)  # freed by backward, not when the loss goes
         ctx.dtypes = [None if t is None else t.dtype for t in inputs]
         ctx.mark_non_differentiable(*rows)
@@ -89,11 +96,13 @@ class _Objective(torch.autograd.Function):
         # Reading the value costs nothing on the CPU, where a copy of the weight's gradient costs as much as a product
         # with a few rows; elsewhere it would wait for the device.
         one = grad.device.type == "cpu" and grad.item() == 1.0
-        scaled = [
-            None if saved is None else (saved if one else saved * grad).to(dtype)
-            for saved, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        again = torch._C._autograd._get_current_graph_task_keep_graph()  # retain_graph: these buffers are read again
+        found = [
+            None if saved is None else saved if one else saved * grad if again else saved.mul_(grad)
+            for saved in ctx.saved_tensors
         ]
-        return *scaled, None, None, None, None
+        gradients = [None if t is None else t.to(dtype) for t, dtype in zip(found, ctx.dtypes, strict=True)]
+        return *gradients, None, None, None, None
 
 
 def _slice(terms: Sequence[RowTerm], part: slice, n: int, dtype: torch.dtype) -> list[RowTerm]:
@@ -106,32 +115,23 @@ def _slice(terms: Sequence[RowTerm], part: slice, n: int, dtype: torch.dtype) ->
     return [RowTerm(t.loss, steps[id(t.step)], s, t.coef[part].to(dtype)) for t, s in zip(terms, cut, strict=True)]
 
 
-def _chunk_gradient(
-    h: Float[Tensor, "n D"], head: Head, terms: Sequence[RowTerm], backward: bool
-) -> tuple[Float[Tensor, "n V"], list[Float[Tensor, " n"]]]:
-    """Row losses of every term on one chunk, and the gradient of their weighted sum by `weight h + bias`."""
-    z = head.logits(h)
-    teachers = _teachers(terms, head)
-    with exact(z):
-        return z, _to_gradient(z, head, terms, teachers, backward)
-
-
 def _to_gradient(
-    z: Float[Tensor, "n V"], head: Head, terms: Sequence[RowTerm], teachers: Teachers, backward: bool
+    z: Float[Tensor, "n V"], head: Head, terms: Sequence[RowTerm], backward: bool, rooms: Rooms
 ) -> list[Float[Tensor, " n"]]:
-    """Turn logits into the gradient of the weighted sum, in place if `backward`; give every term's row losses."""
-    full = [(i, t, teachers.get(_view(t))) for i, t in enumerate(terms) if _is_full(t)]
+    """Turn a chunk's logits into the gradient of the weighted sum with respect to `weight h + bias`, in place if
+    `backward`; give every term's row losses."""
+    full = [(i, t) for i, t in enumerate(terms) if _is_full(t)]
     reads = [_read(t, z) for t in terms if not _is_full(t)]
     keep = bool(full) or head.softcap is not None
     lse = _normalise(z, reads, keep)
-    sparse = [_differentiate(read, lse, backward) for read in reads]
+    sparse = [_differentiate(read, backward) for read in reads]
     found = iter(sparse)
     values = [z.new_empty(z.shape[0]) if _is_full(t) else next(found).value for t in terms]
-    for block in blocks(z.shape[0], z.shape[1], z.device) if full or backward else ():
+    for block, rows in _sweep(z, [t for _, t in full], head, rooms) if full or backward else ():
         row, dz = z[block], None
-        for i, term, q in full:
+        for i, term in full:
             assert isinstance(term.loss, FullLoss)
-            values[i][block], gradient = term.loss.full(row, None if q is None else q[block])
+            values[i][block], gradient = term.loss.full(row, rows.get(_view(term)))
             gradient *= term.coef[block, None]
             dz = gradient if dz is None else dz.add_(gradient)
         if sparse and backward:
@@ -143,6 +143,19 @@ def _to_gradient(
     return values
 
 
+def _sweep(
+    z: Float[Tensor, "n V"], full: Sequence[RowTerm], head: Head, rooms: Rooms
+) -> Iterator[tuple[slice, Teachers]]:
+    """Blocks of a chunk's rows with the teachers' log-probs on them, which exist for half a chunk at a time."""
+    n, width = z.shape
+    step = max(1, (n + 1) // 2) if any(t.loss.teacher is not None for t in full) else max(1, n)
+    for half in chunks(n, step):
+        teachers = _teachers(full, head, half, rooms)
+        for block in blocks(half.stop - half.start, width, z.device):
+            inside = {view: rows[block] for view, rows in teachers.items()}
+            yield slice(half.start + block.start, half.start + block.stop), inside
+
+
 def _is_full(term: RowTerm) -> bool:
     return term.loss.over(term.step) == "full"
 
@@ -152,32 +165,37 @@ def _view(term: RowTerm) -> tuple[int, str | None]:
     return id(term.step), term.loss.teacher
 
 
-def _teachers(terms: Sequence[RowTerm], head: Head) -> Teachers:
-    """Log-probs of every view with support Full that the terms read, formed once. ValueError for another vocabulary."""
-    rows: Teachers = {}
-    for term in terms:
+def _teachers(full: Sequence[RowTerm], head: Head, rows: slice, rooms: Rooms) -> Teachers:
+    """Log-probs of every view with support Full that the terms read, formed once. ModelError for another vocabulary."""
+    found: Teachers = {}
+    for term in full:
         view, teacher = _view(term), term.loss.teacher
-        if not _is_full(term) or teacher is None or view in rows:
+        if teacher is None or view in found:
             continue
-        full = term.step.views[teacher].full
-        assert full is not None
-        rows[view] = full.log_probs(slice(None))
-        if rows[view].shape[1] != head.size:
-            raise ValueError(
-                f"view '{teacher}' scores {rows[view].shape[1]} token ids and the student {head.size}; a loss over "
+        given, index = term.step.views[teacher].full, len(found)
+        assert given is not None
+        if isinstance(given, HeadRows):
+            if index not in rooms:  # the first rows are the most that it is asked for
+                rooms[index] = given.room(rows.stop - rows.start)
+            found[view] = given.log_probs(rows, rooms[index][: rows.stop - rows.start])
+        else:
+            found[view] = given.log_probs(rows)
+        if found[view].shape[1] != head.size:
+            raise ModelError(
+                f"view '{teacher}' scores {found[view].shape[1]} token ids and the student {head.size}; a loss over "
                 "the full vocabulary compares them id by id: both need the same real vocabulary"
             )
-    return rows
+    return found
 
 
 @dataclass(frozen=True)
 class _Read:
-    """The few logits that a term reads, and the log of the mass outside them (sampled token: `valid`, `tail` None)."""
+    """The few log-probs that a term reads, and the log of the mass outside them (sampled token: `valid`, `tail` None)."""
 
     term: RowTerm
     ids: Int[Tensor, "n K"]
     valid: Bool[Tensor, "n K"] | None
-    logits: Float[Tensor, "n K"]
+    logp: Float[Tensor, "n K"]  # logits until `_normalise`
     tail: Float[Tensor, " n"] | None  # filled in by `_normalise`
 
 
@@ -192,27 +210,37 @@ def _read(term: RowTerm, z: Float[Tensor, "n V"]) -> _Read:
 
 
 def _normalise(z: Float[Tensor, "n V"], reads: Sequence[_Read], keep: bool) -> Float[Tensor, " n"]:
-    """Turn logits, in place, into probabilities, or log-probs if `keep`; fill in the tails; give the log-normalisers.
+    """Turn logits, in place, into probabilities, or log-probs if `keep`; fill in what is read; give the log-normalisers.
 
     Probabilities cost the second sweep no exponential; a soft-cap and full-vocabulary losses need the logs.
     """
-    lse = z.new_empty(z.shape[0])
+    lse, first = z.new_empty(z.shape[0]), z[:, 0].clone()
+    if keep:
+        normalised(z)
+        torch.sub(first, z[:, 0], out=lse)
     tails = [r for r in reads if r.tail is not None]
-    for block in blocks(z.shape[0], z.shape[1], z.device):
-        row = z[block]
-        top = row.amax(-1, keepdim=True)
-        p = (row - top if keep else row.sub_(top)).exp_()
-        norm = p.sum(-1, keepdim=True)
-        lse[block] = (top + norm.log()).squeeze(1)
-        p /= norm
+    for block in blocks(z.shape[0], z.shape[1], z.device) if tails or not keep else ():
+        p = z[block].exp() if keep else _probabilities(z[block], lse[block])
         for r in tails:
             assert r.tail is not None and r.valid is not None
             inside = p.gather(1, r.ids[block])
             r.tail[block] = tail_of(p, r.ids[block], r.valid[block])
             p.scatter_(1, r.ids[block], inside)
+    for r in reads:
         if keep:
-            row -= lse[block, None]
+            torch.gather(z, 1, r.ids, out=r.logp)
+        else:
+            r.logp.sub_(lse[:, None])
     return lse
+
+
+def _probabilities(z: Float[Tensor, "b V"], lse: Float[Tensor, " b"]) -> Float[Tensor, "b V"]:
+    """Turn logits into probabilities, in place; fill in the log-normalisers."""
+    top = z.amax(-1, keepdim=True)
+    p = z.sub_(top).exp_()
+    norm = p.sum(-1, keepdim=True)
+    lse.copy_((top + norm.log()).squeeze(1))
+    return p.div_(norm)
 
 
 @dataclass(frozen=True)
@@ -228,18 +256,18 @@ class _Sparse:
     total: Float[Tensor, " n"]
 
 
-def _differentiate(read: _Read, lse: Float[Tensor, " n"], backward: bool) -> _Sparse:
+def _differentiate(read: _Read, backward: bool) -> _Sparse:
     """Evaluate a term on the few log-probs that it reads; autograd runs on [n, K] tensors only."""
     term, valid, tail = read.term, read.valid, read.tail
     assert isinstance(term.loss, SparseLoss)
-    leaf = (read.logits - lse[:, None]).requires_grad_(backward)
+    leaf = read.logp.requires_grad_(backward)
     if tail is not None:
         tail.requires_grad_(backward)
     with torch.set_grad_enabled(backward):
         student = StudentRows(leaf[:, 0], None, None) if valid is None else StudentRows(None, leaf, tail)
         rows = term.loss.rows(student, term.step, term.signal)
         if not backward:
-            return _Sparse(rows, read.ids, valid, leaf, None, lse)  # nobody reads the gradients
+            return _Sparse(rows, read.ids, valid, leaf, None, rows)  # nobody reads the gradients
         inputs = [leaf] if tail is None else [leaf, tail]
         found = torch.autograd.grad(torch.dot(term.coef, rows), inputs, allow_unused=True)
     rows = rows.detach()

@@ -4,8 +4,8 @@ Axes: n rows, N rows of a view, P rows of the head's weight, V real vocabulary (
 the low rank, H = D + r of the hidden states.
 
 The products run in the hidden states' precision (autocast's, where it is on), or in float32 on a CPU without
-instructions for that precision, and are kept in float32, or float64 for float64 input. They are formed for COLUMNS ids
-at a time, so that neither a second copy of the logits nor one of the weight exists. Left out: sharded (tensor-parallel)
+instructions for that precision, and are kept in float32, or float64 for float64 input. They are formed for some ids at
+a time, so that neither a second copy of the logits nor one of the weight exists. Left out: sharded (tensor-parallel)
 heads, and scores (`row_scores`).
 """
 
@@ -17,11 +17,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from opdkit.errors import ModelError, RecipeError
+
 CHUNK_ENTRIES = 2**24  # logits of one chunk when none is asked for: 64 MiB of float32
-BLOCK_ENTRIES = 2**18  # elementwise block: 1 MiB of float32 stays in a core's cache
+BLOCK_ENTRIES = 2**19  # elementwise block: 2 MiB of float32 stay in cache, and are worth waking all threads for
 DEVICE_BLOCK_ENTRIES = 2**24  # elsewhere: enough work for one kernel launch
-COLUMNS = 2**10  # ids of one product on the CPU: their part of the weight stays in cache, converted or not
-DEVICE_COLUMNS = 2**14  # elsewhere, and only where precisions differ
+COLUMN_ENTRIES = 2**21  # of the weight in one product on the CPU: 8 MiB of float32 stay in cache, converted or not
+DEVICE_COLUMNS = 2**14  # ids of one product elsewhere, and only where precisions differ
 PARAMETERS = ("weight", "bias", "low_rank")  # the tensors of a head that can be trained
 
 
@@ -44,7 +46,8 @@ class Head:
     on the head, whose further columns are scale x A h, trains the low rank while the weight stays frozen.
 
     Rows of `weight` at and above `vocab` are padding, never formed: both sides are normalised over the tokenizer's real
-    ids. ValueError when `vocab` exceeds the rows or the low rank has others, or for a temperature or soft-cap <= 0.
+    ids. ModelError when `vocab` exceeds the rows or the low rank has others; RecipeError for a temperature or
+    soft-cap <= 0.
     """
 
     weight: Float[Tensor, "P D"]
@@ -58,13 +61,13 @@ class Head:
     def __post_init__(self) -> None:
         rows = self.weight.shape[0]
         if self.vocab is not None and not 1 <= self.vocab <= rows:
-            raise ValueError(f"vocab = {self.vocab}, but the head has {rows} rows; expected 1 to {rows} real ids")
+            raise ModelError(f"vocab = {self.vocab}, but the head has {rows} rows; expected 1 to {rows} real ids")
         if self.low_rank is not None and self.low_rank.shape[0] != rows:
-            raise ValueError(
+            raise ModelError(
                 f"the low rank has {self.low_rank.shape[0]} rows and the weight {rows}; expected one per id"
             )
         if self.temperature <= 0 or (self.softcap is not None and self.softcap <= 0):
-            raise ValueError(f"temperature {self.temperature} and softcap {self.softcap} must be above 0")
+            raise RecipeError(f"temperature {self.temperature} and softcap {self.softcap} must be above 0")
 
     @property
     def size(self) -> int:
@@ -75,14 +78,18 @@ class Head:
         return replace(self, temperature=temperature)
 
     def chunk(self, rows: int | None = None) -> int:
-        """Rows of one chunk: `rows`, or as many as CHUNK_ENTRIES logits allow, at least 16. ValueError below 1."""
+        """Rows of one chunk: `rows`, or as many as CHUNK_ENTRIES logits allow, at least 16. RecipeError below 1."""
         if rows is not None and rows < 1:
-            raise ValueError(f"chunk = {rows} rows; expected at least 1, or None for the default")
+            raise RecipeError(f"chunk = {rows} rows; expected at least 1, or None for the default")
         return rows or max(16, CHUNK_ENTRIES // self.size)
 
-    def logits(self, hidden: Float[Tensor, "n H"]) -> Float[Tensor, "n V"]:
-        """Logits over the real vocabulary after scale, soft-cap and temperature: float32, or float64 if `hidden` is."""
-        z = self._product(hidden)
+    def logits(self, hidden: Float[Tensor, "n H"], out: Float[Tensor, "n V"] | None = None) -> Float[Tensor, "n V"]:
+        """Logits over the real vocabulary after scale, soft-cap and temperature: float32, or float64 if `hidden` is.
+
+        With `out` they are written there: a fresh tensor of this size costs as much as a pass over it in page faults.
+        """
+        z = self._product(hidden, hidden.new_empty(hidden.shape[0], self.size, dtype=precision(hidden)[1])
+                          if out is None else out)  # fmt: skip
         if self.scale != 1.0:
             z *= self.scale
         if self.softcap is not None:
@@ -92,28 +99,28 @@ class Head:
         return z
 
     def _split(self, hidden: Float[Tensor, "n H"]) -> list[tuple[slice, Tensor]]:
-        """(columns of the hidden states, the matrix that reads them). ValueError for another number of columns."""
+        """(columns of the hidden states, the matrix that reads them). ModelError for another number of columns."""
         d = self.weight.shape[1]
         parts = [(slice(0, d), self.weight)]
         if self.low_rank is not None:
             parts.append((slice(d, d + self.low_rank.shape[1]), self.low_rank))
         if hidden.shape[1] != parts[-1][0].stop:
             wanted = f"{parts[-1][0].stop}: {d} with its weight and {parts[-1][0].stop - d} with its low rank"
-            raise ValueError(f"the hidden states have {hidden.shape[1]} columns, but the head reads {wanted}; append the "
+            raise ModelError(f"the hidden states have {hidden.shape[1]} columns, but the head reads {wanted}; append the "
                              "low rank's columns to them")  # fmt: skip
         return parts
 
     def _columns(self, hidden: Float[Tensor, "n H"]) -> Iterator[slice]:
         """The ids of each product."""
         if hidden.device.type == "cpu":
-            return chunks(self.size, COLUMNS)
+            return chunks(self.size, max(1, COLUMN_ENTRIES // hidden.shape[1]))
         dtype, wide = precision(hidden)
         direct = dtype == wide and all(t is None or t.dtype == dtype for t in (self.weight, self.low_rank))
         return chunks(self.size, self.size if direct else DEVICE_COLUMNS)
 
-    def _product(self, hidden: Float[Tensor, "n H"]) -> Float[Tensor, "n V"]:
-        dtype, wide = precision(hidden)
-        low, z = hidden.to(dtype), hidden.new_empty(hidden.shape[0], self.size, dtype=wide)
+    def _product(self, hidden: Float[Tensor, "n H"], z: Float[Tensor, "n V"]) -> Float[Tensor, "n V"]:
+        dtype, _ = precision(hidden)
+        low = hidden.to(dtype)
         with exact(z):
             for ids in self._columns(hidden):
                 for i, (columns, matrix) in enumerate(self._split(hidden)):
@@ -203,6 +210,12 @@ def multiplies(dtype: torch.dtype) -> bool:
     return dtype in known and bool(known[dtype]())
 
 
+def normalised(z: Float[Tensor, "n V"]) -> Float[Tensor, "n V"]:
+    """Turn logits into log-probs, in place: torch's kernel takes one exponential and works row by row in cache."""
+    with exact(z):
+        return torch.log_softmax(z, -1, out=z)
+
+
 def exact(z: Tensor) -> torch.autocast:
     """Autocast switched off, for what follows the products: it would round sums over the vocabulary."""
     return torch.autocast(z.device.type, enabled=False)
@@ -215,11 +228,16 @@ class HeadRows:
     hidden: Float[Tensor, "N H"]
     head: Head
 
-    def log_probs(self, rows: Int[Tensor, " n"] | slice) -> Float[Tensor, "n V"]:
-        z = self.head.logits(self.hidden[rows])
-        for block in blocks(z.shape[0], z.shape[1], z.device):
-            z[block] -= z[block].logsumexp(-1, keepdim=True)  # runs on all threads even if the block is one row
-        return z
+    def room(self, n: int) -> Float[Tensor, "n V"]:
+        """Memory that `log_probs` of n rows can be given; its contents are undefined."""
+        return self.hidden.new_empty(n, self.head.size, dtype=precision(self.hidden)[1])
+
+    @torch.no_grad()
+    def log_probs(
+        self, rows: Int[Tensor, " n"] | slice, out: Float[Tensor, "n V"] | None = None
+    ) -> Float[Tensor, "n V"]:
+        """The log-probs of some rows, written to `out` if it is given."""
+        return normalised(self.head.logits(self.hidden[rows], out))
 
     def take(self, rows: Int[Tensor, " n"]) -> "HeadRows":
         return HeadRows(self.hidden[rows], self.head)

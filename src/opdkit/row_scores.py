@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from opdkit.errors import RecipeError
 from opdkit.lm_head import Head, blocks, chunks, exact
 
 
@@ -46,10 +47,12 @@ def score_rows(
     """Log-prob of each token, and on request entropy, the top-k, and log-probs at chosen ids with the tail outside.
 
     `choose` may read the chunk's own top-k ids, so candidate sets made of both models' lists need one pass only.
-    Raises ValueError when `top_k` exceeds the vocabulary.
+    RecipeError when `top_k` is below 0 or exceeds the vocabulary; 0 is no list.
     """
     if top_k > head.size:
-        raise ValueError(f"top_k = {top_k} exceeds the vocabulary of {head.size} ids; ask for at most that many")
+        raise RecipeError(f"top_k = {top_k} exceeds the vocabulary of {head.size} ids; ask for at most that many")
+    if top_k < 0:
+        raise RecipeError(f"top_k = {top_k}; expected 1 to {head.size} ids, or 0 for no list")
     size = head.chunk(chunk)
     parts = [_score_chunk(head, hidden, tokens, rows, top_k, entropy, choose) for rows in chunks(hidden.shape[0], size)]
     if not parts:  # no rows: score an empty chunk for the shapes

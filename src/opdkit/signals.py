@@ -13,7 +13,7 @@ from torch import Tensor
 
 from opdkit.divergences import Kind, divergence, on_support
 from opdkit.errors import MethodError
-from opdkit.head import blocks
+from opdkit.lm_head import CHUNK_ENTRIES, blocks, chunks
 from opdkit.pieces import Piece, flat, piece
 from opdkit.step import Step
 
@@ -42,14 +42,15 @@ def expected_log_ratio(step: Step, *, teacher: str = "teacher") -> Float[Tensor,
 
 
 def full_divergence(step: Step, teacher: str, kind: Kind, student: str = "student") -> Float[Tensor, " N"]:
-    """Full-vocabulary divergence between two views with support Full, formed in small blocks of rows."""
+    """Full-vocabulary divergence between two views with support Full, formed for a quarter of a head's chunk at a time."""
     p_rows, q_rows = step.views[student].full, step.views[teacher].full
     assert p_rows is not None and q_rows is not None
     n = step.tokens.shape[0]
     width = q_rows.log_probs(slice(0, 1)).shape[-1] if n else 1
     parts = []
-    for block in blocks(n, max(1, width // 8)):  # eight elementwise blocks: enough rows for an efficient product
-        parts.append(divergence(p_rows.log_probs(block), q_rows.log_probs(block), kind))
+    for part in chunks(n, max(1, CHUNK_ENTRIES // 4 // width)):
+        p, q = p_rows.log_probs(part), q_rows.log_probs(part)
+        parts += [divergence(p[block], q[block], kind) for block in blocks(p.shape[0], width, p.device)]
     return torch.cat(parts) if parts else step.views[teacher].sampled
 
 
