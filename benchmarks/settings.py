@@ -176,12 +176,12 @@ SETTINGS = {
     s.name: s
     for s in (
         Setting(
-            "a", "64 prompts of about 12 tokens, 16 new tokens, lengths fixed", lambda: sums(False), 300, 20, ends=False
+            "a", "64 prompts of about 12 tokens, 16 new tokens, lengths fixed", lambda: sums(False), 150, 20, ends=False
         ),
-        Setting("a-natural", "the same with natural lengths", lambda: sums(True), 300, 20),
-        Setting("b", "8 prompts of 256 tokens x group 8, natural lengths with a long tail up to 512", groups, 8),
-        Setting("c", "32 prompts of 32 tokens, 32 new tokens, vocabulary 151,936", vocabulary, 6, 1),
-        Setting("d", "SmolLM2-135M: 8 chat prompts, up to 64 new tokens", smollm2, 4, 1),
+        Setting("a-natural", "the same with natural lengths", lambda: sums(True), 150, 20),
+        Setting("b", "8 prompts of 256 tokens x group 8, natural lengths with a long tail up to 512", groups, 5, 1),
+        Setting("c", "32 prompts of 32 tokens, 32 new tokens, vocabulary 151,936", vocabulary, 3, 1),
+        Setting("d", "SmolLM2-135M: 8 chat prompts, up to 64 new tokens", smollm2, 3, 1),
     )
 }
 
