@@ -8,7 +8,8 @@ from torch import Tensor
 
 from opdkit import lm_head, signals
 from opdkit.divergences import divergence
-from opdkit.head import Head, HeadRows, objective, score_rows
+from opdkit.head import Head, HeadRows, RowTerm, objective, score_rows
+from opdkit.losses import Divergence
 from opdkit.step import Layout, Scores, Step
 
 LOW = {name: t.to(torch.bfloat16) for name, t in (("hidden", HIDDEN), ("weight", WEIGHT[:V]), ("bias", BIAS[:V]))}
@@ -50,6 +51,22 @@ def test_autocast_asks_in_vain_for_what_the_cpu_cannot_multiply(monkeypatch):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         found = gradients(inputs)
     assert all(map(torch.equal, found, gradients(inputs)))
+
+
+def test_autocast_reaches_the_products_of_a_teacher_too(monkeypatch):
+    multiplying(monkeypatch, torch.bfloat16)
+    inputs = HIDDEN, WEIGHT[:V], logits(N, 3, seed=22), logits(V, 3, seed=23)
+    student, weight, theirs, table = (t.to(torch.bfloat16) for t in inputs)
+
+    def loss(wide: bool) -> Tensor:
+        h, w, g, q = (t.float() if wide else t for t in (student, weight, theirs, table))
+        scores = Scores(STEP.views["full"].sampled.float(), full=HeadRows(g, Head(q)))
+        step = Step(STEP.layout, STEP.tokens, {"teacher": scores})
+        return objective(h, Head(w), [RowTerm(Divergence(), step, None, torch.ones(N))], 3)[0]
+
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = loss(wide=True)
+    assert torch.equal(found, loss(wide=False)) and not torch.equal(found, loss(wide=True))
 
 
 @pytest.mark.parametrize("native", [(), (torch.bfloat16,)], ids=["float32", "bfloat16"])

@@ -105,12 +105,13 @@ def _mixed(p: Float[Tensor, "n J"], q: Float[Tensor, "n J"], kind: Kind, mix: fl
         m = mixture.log_()
         slope = ((p - m) * ours) * (1 - mix)
         return Entries(torch.addcmul(slope, theirs, q - m, value=mix), slope, ours)
-    m, other = mixture.log(), ours * (theirs / mixture)  # p q / m, at most p / mix
+    m, share = mixture.log(), theirs / mixture  # q / m, at most 1 / mix
+    del mixture  # a block of [n, J], like everything here
+    value = theirs * (q - m) if kind == "skew_forward_kl" else ours * (p - m)
+    del theirs, m
     if kind == "skew_forward_kl":
-        return Entries(theirs * (q - m), (1 - mix) * (ours - other), ours, 1 - mix)
-    del mixture, theirs  # each is a block of [n, J]
-    value = ours * (p - m)
-    return Entries(value, torch.add(value, other - ours, alpha=mix), ours, -mix)
+        return Entries(value, (1 - mix) * torch.addcmul(ours, ours, share, value=-1), ours, 1 - mix)
+    return Entries(value, torch.add(value, ours * (share - 1), alpha=mix), ours, -mix)
 
 
 def log_mixture(p: Float[Tensor, "*r"], q: Float[Tensor, "*r"], mix: float) -> Float[Tensor, "*r"]:

@@ -6,7 +6,7 @@ hidden states (with those that the head's low rank reads), K support size, P row
 Logits exist for one chunk of C rows at a time. The backward pass is written by hand: each chunk's logits are turned
 into their own gradient in place and contracted with the head at once, so no logits survive the forward pass and no
 matrix product is repeated. Elementwise work inside a chunk runs on small blocks of rows, so its temporaries stay in
-cache. Peak extra memory: 4 bytes x C x V, plus 4 x C x V for each teacher with support Full, plus the blocks.
+cache. Peak extra memory: 4 bytes x C x V, plus 2 x C x V for each teacher with support Full, plus the blocks.
 
 Left out: sharded (tensor-parallel) heads, second derivatives.
 """
@@ -68,17 +68,15 @@ class _Objective(torch.autograd.Function):
         total = torch.zeros((), dtype=wide, device=hidden.device)
         rows = [torch.empty(hidden.shape[0], dtype=wide, device=hidden.device) for _ in terms]
         grad_hidden = torch.empty_like(hidden) if wants[0] else None
-        sums = [
-            torch.zeros_like(t, dtype=wide) if want else None for t, want in zip(inputs[1:], wants[1:], strict=True)
-        ]
+        wanted = zip(inputs[1:], wants[1:], strict=True)
+        sums = [torch.zeros_like(t, dtype=wide) if want else None for t, want in wanted]
         size = max(1, min(hidden.shape[0], head.chunk(chunk)))
         room, rooms = hidden.new_empty(size, head.size, dtype=wide), Rooms()  # memory that every chunk uses anew
         for part in chunks(hidden.shape[0], size):
             h = hidden[part].detach()
             local = _slice(terms, part, hidden.shape[0], wide)
             dz = head.logits(h, room[: h.shape[0]])
-            with exact(dz):
-                values = _to_gradient(dz, head, local, any(wants), rooms)
+            values = _to_gradient(dz, head, local, any(wants), rooms)
             for term, row, value in zip(local, rows, values, strict=True):
                 row[part] = value
                 total += (term.coef * value).sum()
@@ -93,8 +91,7 @@ class _Objective(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad, *_):  # type: ignore[no-untyped-def]
-        # Reading the value costs nothing on the CPU, where a copy of the weight's gradient costs as much as a product
-        # with a few rows; elsewhere it would wait for the device.
+        # Reading the value is free on the CPU, where a pass over [V, D] is not; elsewhere it would wait for the device.
         one = grad.device.type == "cpu" and grad.item() == 1.0
         again = torch._C._autograd._get_current_graph_task_keep_graph()  # retain_graph: these buffers are read again
         found = [
@@ -121,32 +118,35 @@ def _to_gradient(
     """Turn a chunk's logits into the gradient of the weighted sum with respect to `weight h + bias`, in place if
     `backward`; give every term's row losses."""
     full = [(i, t) for i, t in enumerate(terms) if _is_full(t)]
-    reads = [_read(t, z) for t in terms if not _is_full(t)]
     keep = bool(full) or head.softcap is not None
-    lse = _normalise(z, reads, keep)
-    sparse = [_differentiate(read, backward) for read in reads]
+    with exact(z):
+        reads = [_read(t, z) for t in terms if not _is_full(t)]
+        lse = _normalise(z, reads, keep)
+        sparse = [_differentiate(read, backward) for read in reads]
     found = iter(sparse)
     values = [z.new_empty(z.shape[0]) if _is_full(t) else next(found).value for t in terms]
     for block, rows in _sweep(z, [t for _, t in full], head, rooms) if full or backward else ():
-        row, dz = z[block], None
-        for i, term in full:
-            assert isinstance(term.loss, FullLoss)
-            values[i][block], gradient = term.loss.full(row, rows.get(_view(term)))
-            gradient *= term.coef[block, None]
-            dz = gradient if dz is None else dz.add_(gradient)
-        if sparse and backward:
-            dz = _add_sparse(dz, row.exp() if keep else row, sparse, block)
-        if backward:
-            dz = row.zero_() if dz is None else head.through_tail(dz, row, lse[block])
-            if dz is not row:
-                row.copy_(dz)
+        with exact(z):
+            row, dz = z[block], None
+            for i, term in full:
+                assert isinstance(term.loss, FullLoss)
+                values[i][block], gradient = term.loss.full(row, rows.get(_view(term)))
+                gradient *= term.coef[block, None]
+                dz = gradient if dz is None else dz.add_(gradient)
+            if sparse and backward:
+                dz = _add_sparse(dz, row.exp() if keep else row, sparse, block)
+            if backward:
+                dz = row.zero_() if dz is None else head.through_tail(dz, row, lse[block])
+                if dz is not row:
+                    row.copy_(dz)
     return values
 
 
 def _sweep(
     z: Float[Tensor, "n V"], full: Sequence[RowTerm], head: Head, rooms: Rooms
 ) -> Iterator[tuple[slice, Teachers]]:
-    """Blocks of a chunk's rows with the teachers' log-probs on them, which exist for half a chunk at a time."""
+    """Blocks of a chunk's rows with the teachers' log-probs on them, which exist for half a chunk at a time. Their
+    products follow autocast, so the caller must not have switched it off."""
     n, width = z.shape
     step = max(1, (n + 1) // 2) if any(t.loss.teacher is not None for t in full) else max(1, n)
     for half in chunks(n, step):
