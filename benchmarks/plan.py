@@ -1,126 +1,146 @@
-"""How far the planned memory of a step is from what PyTorch's allocator hands out: `python benchmarks/plan.py`.
+"""How far a plan is from the run: memory and seconds of each phase, planned for this machine and measured on it.
 
-Small models on the CPU with every response at its length limit, so that the plan's upper bound is what should happen.
-The plan is told the CPU's elementwise blocks (1 MiB) in place of a GPU's (64 MiB); all else is as for a GPU.
+`python benchmarks/plan.py [--quick] [--threads N]`. Each setting is run whole (`opdkit.train.loop.train`) in a child
+process, and planned in another one that is told the mean length of the run's responses, which no plan can know. Memory
+is the most resident bytes above those after loading: a run of two prompts comes first, so that libraries' memory does
+not count. Seconds are the medians of metrics.jsonl, and those of evaluations and of the whole run, loading included.
+Left out: GPUs, of which none was at hand.
 """
 
+import argparse
 import json
+import statistics
 import tempfile
+import time
 import warnings
-from pathlib import Path
 from typing import Any
 
-import torch
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import WhitespaceSplit
-from torch.profiler import ProfilerActivity, profile
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+import measure
+import settings
 
-from opdkit.config import parse_recipe
-from opdkit.lm_head import BLOCK_ENTRIES
-from opdkit.plan import memory, plan
-from opdkit.train.loop import make_step, update
-from opdkit.train.optimise import Optimiser
-from opdkit.train.rolling import Rolling
-from opdkit.train.setup import set_up
-from opdkit.train.update import streams
+from opdkit.config import Recipe, load_recipe, parse_recipe
+from opdkit.plan import plan
 
-VOCAB, PROMPT, RESPONSE = 2048, 66, 190
-SHAPE = dict(
-    vocab_size=VOCAB, hidden_size=192, intermediate_size=512, num_attention_heads=6, num_key_value_heads=2, head_dim=32,
-    max_position_embeddings=1024, eos_token_id=VOCAB - 1, pad_token_id=0, bos_token_id=None, tie_word_embeddings=True,
-)  # fmt: skip
-CASES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
-    ("qwen3", {"name": "full_opd"}, {}),
-    ("qwen3", {"name": "full_opd"}, {"train.precision": "bf16"}),
-    ("qwen3", {"name": "topk_opd"}, {"train.gradient_checkpointing": True}),
-    ("qwen3", {"name": "opd"}, {"lora": {}, "train.precision": "bf16"}),
-    ("llama", {"name": "vopd"}, {}),
-    ("gemma2", {"name": "full_opd"}, {}),
-]
+STEP = ("sample", "score", "update", "step")
+CASES = {  # setting -> steps of a full and of a quick run
+    "cpu/demo": (40, 10), "a": (40, 10), "b": (4, 2), "c": (4, 0), "cpu/smollm2": (4, 0), "checkpointing": (3, 0),
+}  # fmt: skip
+ABOUT = {
+    "cpu/demo": "natural lengths, the teacher is evaluated too",
+    "cpu/smollm2": "SmolLM2-135M and a student cut from it",
+    "checkpointing": "setting b with gradient checkpointing and micro-batches of 4,096 tokens",
+}
+PEAK, TIME = 1.2, 1.5  # targets: factors between planned and measured
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="three settings of few steps; nothing is written")
+    parser.add_argument("--threads", type=int, default=2)
+    given = parser.parse_args()
+    both = ["planned", "measured", "planned / measured"]
+    memory = measure.Table("Most memory of a process above its loaded models", ["setting", *both])
+    seconds = measure.Table("Seconds", ["setting", "phase", *both])
+    memory.note = seconds.note = "; ".join(f"{name}: {about(name)}" for name in CASES)
+    raw = {}
+    for name, (full, quick) in CASES.items():
+        if not (steps := quick if given.quick else full):
+            continue
+        found = measure.in_child(given.threads, run, name, steps)
+        planned = measure.in_child(given.threads, planned_for, name, steps, found["response"])
+        raw[name] = {"planned": planned, "measured": found}
+        memory.rows.append([name, mib(planned["peak"]), mib(found["peak"]), planned["peak"] / found["peak"]])
+        print(memory.line(memory.rows[-1]), flush=True)
+        for phase, took in found["seconds"].items():
+            expected = planned["seconds"][phase]
+            seconds.rows.append([name, phase, expected, took, expected / took])
+            print(seconds.line(seconds.rows[-1]), flush=True)
+    if not given.quick:
+        command = f"python benchmarks/plan.py --threads {given.threads}"
+        print(measure.write("plan", command, [memory, seconds], targets(memory, seconds), raw))
+
+
+def targets(memory: measure.Table, seconds: measure.Table) -> list[measure.Target]:
+    """Peaks within 20 %; steps and runs within a factor of 1.5."""
+    found = []
+    steps = [row for row in seconds.rows if row[1] in ("step", "run")]
+    for what, rows, most in (("peak memory", memory.rows, PEAK), ("seconds of a step and of the run", steps, TIME)):
+        ratios = [float(row[-1]) for row in rows]  # type: ignore[arg-type]
+        value = f"{min(ratios):.2f} to {max(ratios):.2f}"
+        met = all(1 / most <= ratio <= most for ratio in ratios)
+        found.append(measure.Target(f"{what}, planned / measured", f"within a factor of {most}", value, met))
+    return found
+
+
+def recipe_of(name: str, steps: int) -> Recipe:
+    """The recipe of a case; without trackers, whose libraries take memory when they are first used."""
+    if name.startswith("cpu/"):
+        data = load_recipe(name).model_dump()
+    else:
+        data = settings.SETTINGS["b" if name == "checkpointing" else name].recipe().model_dump()
+    data["train"] |= {"steps": steps, "checkpoint_every": None}
+    data["eval"]["every"] = None
+    data["log"]["trackers"] = []
+    if name == "checkpointing":
+        data["train"] |= {"gradient_checkpointing": True, "microbatch_tokens": 4096}
+    return parse_recipe(data)
+
+
+def about(name: str) -> str:
+    return ABOUT.get(name) or settings.SETTINGS[name].about
+
+
+def run(name: str, steps: int) -> dict[str, Any]:
+    """In a child: train, and return peak bytes, seconds and the mean length of responses."""
+    from opdkit.train import loop
+
     warnings.simplefilter("ignore")
-    memory.DEVICE_BLOCK_ENTRIES = BLOCK_ENTRIES
-    memory.SIGNAL_ENTRIES = 8 * BLOCK_ENTRIES
-    print("| model | method | settings | sample | score | update |\n| --- | --- | --- | --- | --- | --- |")
-    for kind, method, settings in CASES:
-        cells = [
-            f"{planned / real - 1:+.0%} of {real / 2**20:.0f} MiB" for planned, real in compare(kind, method, settings)
-        ]
-        shown = ", ".join(f"{k} {v}" for k, v in settings.items()) or "-"
-        print(f"| {kind} | {method['name']} | {shown} | {' | '.join(cells)} |", flush=True)
+    base: list[int] = []
+    evaluations: list[float] = []
+    set_up, evaluate = loop.set_up, loop.evaluate
+
+    def loaded(recipe: Recipe) -> Any:
+        setup = set_up(recipe)
+        base.append(measure.reset_peak())
+        return setup
+
+    def watched(setup: Any, lm: Any, step: int) -> Any:
+        start = time.perf_counter()
+        record = evaluate(setup, lm, step)
+        if lm.name == "student":
+            evaluations.append(time.perf_counter() - start)
+        return record
+
+    with tempfile.TemporaryDirectory() as folder:
+        first = ["train.steps=1", "train.prompts_per_step=2", "task.eval_size=2", "log.trackers=[]"]
+        loop.train(load_recipe("cpu/demo", [*first, f"output={folder}/first"]))
+        loop.set_up, loop.evaluate = loaded, watched  # type: ignore[assignment]
+        recipe = recipe_of(name, steps).model_copy(update={"output": f"{folder}/run"})
+        start = time.perf_counter()
+        out = loop.train(recipe)
+        whole, most = time.perf_counter() - start, measure.peak() - base[0]
+        rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    later = rows[1:] or rows
+    seconds = {phase: statistics.median(row[f"seconds/{phase}"] for row in later) for phase in STEP}
+    seconds |= {"evaluate": statistics.mean(evaluations), "run": whole}
+    return {"peak": most, "seconds": seconds, "response": statistics.mean(row["response_length"] for row in rows)}
 
 
-def compare(kind: str, method: dict[str, Any], settings: dict[str, Any]) -> list[tuple[int, int]]:
-    """(planned, measured) bytes of sampling, scoring and update of a run's second step, without what stood before."""
-    recipe = parse_recipe(_recipe(Path(tempfile.mkdtemp()), kind, method, settings))
-    phases = {phase.name: phase for phase in plan(recipe).phases}
-    setup = set_up(recipe)
-    optimiser, rolling = Optimiser(recipe, setup.student, setup.processes), Rolling(setup)
-    measured: list[int] = []
-    for step in (1, 2):
-        sampled, rollouts = allocated(lambda step=step: rolling.step(step))
-
-        def score(rollouts=rollouts, step=step):
-            steps = {name: make_step(setup, name, rollouts[name], step, {}) for name in rollouts}
-            return steps, streams(setup.method, steps)
-
-        scored, (steps, found) = allocated(score)
-        updated, _ = allocated(lambda r=rollouts, s=steps, f=found, step=step: update(setup, optimiser, r, s, f, step))
-        measured = [sampled, scored, updated]
-    planned = []
-    for name in ("sample", "score", "update"):
-        parts = {part.what: part.bytes for part in phases[name].parts}
-        records, views = parts.pop("records and the student's view", 0), parts.pop("the teachers' views", 0)
-        planned.append(sum(parts.values()) + (records // 2 + views if name == "score" else 0))
-    return list(zip(planned, measured, strict=True))
+def planned_for(name: str, steps: int, response: float) -> dict[str, Any]:
+    """In a child: the plan's peak above the models' weights, and its seconds."""
+    warnings.simplefilter("ignore")
+    recipe = recipe_of(name, steps)
+    start = time.perf_counter()
+    found = plan(recipe, None, response=min(response, recipe.sampling.max_new_tokens))
+    took = time.perf_counter() - start
+    seconds = {t.phase: t.seconds for t in found.times} | {"step": found.step_seconds, "run": found.seconds}
+    weights = sum(model.bytes for model in found.models.values())
+    peak = max(phase.bytes for phase in found.phases) - weights
+    return {"peak": peak, "seconds": seconds, "took": took}
 
 
-def allocated(function: Any) -> tuple[int, Any]:
-    """Peak bytes that PyTorch's allocator handed out inside a call, and the call's result."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
-        result = function()
-    live = peak = 0
-    for event in sorted(trace.profiler.kineto_results.events(), key=lambda e: e.start_ns()):
-        if event.name() == "[memory]":
-            live += event.nbytes()
-            peak = max(peak, live)
-    return peak, result
-
-
-def _recipe(folder: Path, kind: str, method: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
-    attn = "eager" if kind == "gemma2" else "sdpa"
-    rows = [" ".join(f"w{(7 * i + j) % 1000}" for j in range(PROMPT - 1 - i % 20)) + f" w{i + 1000}" for i in range(64)]
-    (folder / "data.jsonl").write_text("\n".join(json.dumps({"prompt": r, "answer": "w1"}) for r in rows))
-    data: dict[str, Any] = {
-        "method": method,
-        "student": {"path": _model(folder / "student", kind, 6), "attn": attn},
-        "teachers": {"teacher": {"path": _model(folder / "teacher", kind, 8), "attn": attn}},
-        "task": {"kind": "file", "path": str(folder / "data.jsonl"), "eval_size": 8, "template": "plain",
-                 "verifier": "exact", "max_prompt_tokens": PROMPT},
-        "sampling": {"group": 2, "max_new_tokens": RESPONSE, "max_rows": 16},
-        "train": {"steps": 2, "prompts_per_step": 8, "microbatch_tokens": 1024, "score_tokens": 1024},
-        "log": {"top_k": 8, "trackers": []},
-        "output": str(folder / "run"),
-    }  # fmt: skip
-    for key, value in settings.items():
-        section, dot, name = key.partition(".")
-        data[section] = data[section] | {name: value} if dot else value
-    return data
-
-
-def _model(folder: Path, kind: str, layers: int) -> str:
-    more = {"sliding_window": 64, "query_pre_attn_scalar": 32} if kind == "gemma2" else {}
-    torch.manual_seed(layers)
-    config = AutoConfig.for_model(kind, **SHAPE, num_hidden_layers=layers, **more)
-    AutoModelForCausalLM.from_config(config, attn_implementation="eager").save_pretrained(folder)
-    words = Tokenizer(WordLevel({f"w{i}": i for i in range(VOCAB - 1)} | {"<eos>": VOCAB - 1}, unk_token="w0"))
-    words.pre_tokenizer = WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<eos>").save_pretrained(folder)
-    return str(folder)
+def mib(size: int) -> str:
+    return f"{size / 2**20:,.0f} MiB"
 
 
 if __name__ == "__main__":

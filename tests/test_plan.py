@@ -15,14 +15,17 @@ from opdkit.cli import app
 from opdkit.config import ModelConfig, load_recipe, parse_recipe
 from opdkit.errors import ModelError, OpdkitError, RecipeError
 from opdkit.head import objective
-from opdkit.lm_head import DEVICE_BLOCK_ENTRIES
 from opdkit.models import checkpoint_activations
 from opdkit.plan import dry_run, plan
 from opdkit.plan.architectures import NF4, find_architecture, known_models, meta_model, parameter_bytes
 from opdkit.plan.hardware import GPUS, find_gpu
-from opdkit.plan.memory import cache_bytes, capacity, chunk_bytes, record_bytes
+from opdkit.plan.memory import Model, cache_bytes, capacities, chunk_bytes, record_bytes, signal_bytes
+from opdkit.plan.meter import held
 from opdkit.plan.rehearse import Rehearsal, _row_term
+from opdkit.plan.texts import PROBLEM, Lengths
+from opdkit.rollouts.body import make_body
 from opdkit.rollouts.decoder import Decoder
+from opdkit.rollouts.rollout import Rollout
 from opdkit.train.optimise import make_optimizer
 
 RECIPES = sorted((Path(__file__).parent.parent / "src/opdkit/recipes/gpu").glob("*.yaml"))
@@ -155,44 +158,60 @@ def test_an_update_allocates_what_its_rehearsal_says(small, kind, precision, che
             loss.backward()
 
     real()  # what is made once
-    planned = Rehearsal(found, precision).update(2, 56, 32, 0, checkpointing)
+    texts = [Rollout(PROBLEM, (0,) * 25, (0,) * 32, "", i, "length") for i in range(2)]
+    planned = Rehearsal(found, precision).update(texts, False, 0, checkpointing)
     assert planned == pytest.approx(allocated(real), rel=0.03)
 
 
 def test_the_depth_is_extrapolated_exactly(small, monkeypatch):
     found, _ = small("qwen3", **SMALL | {"num_hidden_layers": 9})
     r = Rehearsal(found)
-    few = [r.forward(2, 40), r.decode(2, 40), *(r.update(2, 40, 20, 0, c) for c in (False, True))]
+    texts = [Rollout(PROBLEM, (0,) * 21, (0,) * 20, "", i, "length") for i in range(2)]
+
+    def ask():
+        learn = [r.update(texts, packed, 0, c) for packed in (False, True) for c in (False, True)]
+        return [r.read(2, 40), r.forward(texts, False), r.forward(texts, True), r.decode(2, 40), *learn]
+
+    few = ask()
     monkeypatch.setattr("opdkit.plan.rehearse._MEASURED", {})
     monkeypatch.setattr("opdkit.plan.rehearse._by_depth", lambda a, measure, grows: max(measure(a.layers)))
-    whole = [r.forward(2, 40), r.decode(2, 40), *(r.update(2, 40, 20, 0, c) for c in (False, True))]
-    assert few == whole
+    assert few == ask()
 
 
 @pytest.mark.parametrize("kind", ["qwen3", "llama", "gemma2", "mistral"])
-def test_the_cache_is_as_large_as_the_samplers(small, kind):
+@pytest.mark.parametrize("prompt", [20, 70])  # from 64 tokens on a group's rows read one copy of their prompt
+def test_the_cache_is_as_large_as_the_samplers(small, kind, prompt):
     settings = (ARCHITECTURES.get(kind) or BASE) | {"max_position_embeddings": 512}
     found, lm = small(kind, **settings)
-    decoder = Decoder(lm, [[3] * 20, [4] * 9], torch.tensor([0, 0, 1, 1]), 120)
+    body = make_body(lm, prompt + 120)
+    decoder = Decoder(lm, [[3] * prompt, [4] * 9], torch.tensor([0, 0, 1, 1]), 120, body)
     for _ in range(119):
         decoder.advance(torch.full((4,), 5))
-    held = 0
-    for layer in decoder.cache.layers:
-        buffers = getattr(layer, "room", None) or [layer.keys, layer.values]
-        held += sum(b.untyped_storage().nbytes() for b in buffers)
-    now, before = capacity(20, 120)
-    assert (now, before) == (149, 84)  # 20 + 64, then 85 + 64, which holds the 139
-    once = 4 * 2 * 16 * before * 4  # a layer that grows exists twice
-    assert cache_bytes(found, 4, 20, 120, (4, 4)) == pytest.approx(held + once, rel=0.02)
+    layers = decoder.cache.layers if body is None else decoder.part.own
+    pairs = [getattr(getattr(x, "buffer", x), "room", None) or [x.keys, x.values] for x in layers]
+    held = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for pair in pairs for t in pair}
+    held |= {t.data_ptr(): t.nbytes for pair in (decoder.part.prompts if body else []) for t in pair}
+    model = Model(found, lm.model, 0, 0, 0, 0)
+    assert model.written_out == (body is not None)
+    start = 0 if body is not None and prompt == 70 else prompt
+    once = 4 * 2 * 16 * capacities(start, 4, Lengths((prompt,), 120))[-1][1]  # a layer that grows exists twice
+    assert cache_bytes(model, 2, 4, Lengths((prompt,), 120), (4, 4)) == pytest.approx(
+        sum(held.values()) + once, rel=0.02
+    )
 
 
 def test_sizes_by_hand():
-    assert capacity(10, 1) == (74, 0)
-    assert capacity(100, 60) == (164, 0)  # 100 + 64 >= 159
-    assert capacity(100, 100) == (164 + 1 + 82, 164)
+    assert capacities(10, 1, Lengths((10,), 1)) == [(74, 0)]
+    assert capacities(100, 2, Lengths((100,), 60)) == [(2 * 164, 0)]  # 100 + 64 >= 159
+    assert capacities(100, 2, Lengths((100,), 100)) == [(328, 0), (2 * (164 + 1 + 82), 328)]
+    ending = Lengths((100,), 100, 0.5)  # after 64 tokens 2 / 2**64 of two rows are left: one is copied
+    assert capacities(100, 2, ending)[-1] == (164 + 1 + 82, 328)
     assert record_bytes(16, 4096) == 8 + 8 + 12 + 16 * 12 + 4096
-    assert chunk_bytes(1000, 20, None, 1, 2) == 4 * (20_000 + 2 * 20_000)
-    assert chunk_bytes(151_936, 10**6, None, 2, 1) == 4 * (2 * 110 * 151_936 + min(110 * 151_936, DEVICE_BLOCK_ENTRIES))
+    big = 2**24
+    assert chunk_bytes(1000, 20, None, 1, 2, big) == 4 * (20_000 + 2 * 20_000)
+    assert chunk_bytes(151_936, 10**6, None, 2, 1, big) == 4 * (2 * 110 * 151_936 + min(110 * 151_936, big))
+    assert signal_bytes(100, 7, big) == 4 * 5 * 7 * 100
+    assert held(2**25, 1.4) == 2**25 and held(1000, 1.4) == 1400 and held(1000, 1.0) == 1000
 
 
 def test_sharding_divides_what_is_trained(recipe_data):
@@ -219,14 +238,16 @@ def test_counts_by_hand(recipe_data):
     recipe_data["task"]["max_prompt_tokens"] = 10
     counts = plan(parse_recipe(recipe_data)).counts
     assert counts.rollouts == {"policy": 8, "data": 6} and counts.rollouts_per_step == 14
-    assert counts.updates == 42 and counts.longest == 18 and counts.tokens_per_step == 252
+    prompts = counts.lengths.prompts
+    assert counts.updates == 42 and counts.longest == max(prompts) + 8 <= 18
+    assert counts.tokens_per_step == round(14 * (sum(prompts) / len(prompts) + 8))
     assert counts.epochs == 56 / 28 and counts.data.held_out == 8
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
 def test_gpu_recipes_fit_the_gpu_they_are_written_for(path, no_network):
     found = plan(load_recipe(f"gpu/{path.stem}"))
-    assert found.gpu.name == "H100-80GB" and not found.too_large
+    assert found.place.name == "H100-80GB" and not found.too_large
     assert path.read_text().startswith("# ") and "arXiv:" in path.read_text() and "hosen here" in path.read_text()
     assert {phase.name for phase in found.phases} >= {"update", "evaluate"}
 

@@ -37,6 +37,11 @@ PLANNED_GPU = "H100-80GB"
 Gpu = Annotated[
     str | None, typer.Option("--gpu", metavar="NAME", help=f"GPU that --dry-run plans for; {PLANNED_GPU} without it.")
 ]
+PlanGpu = Annotated[str | None, typer.Option("--gpu", metavar="NAME", help="Plan for this GPU, not for this machine.")]
+Response = Annotated[
+    float | None,
+    typer.Option("--response", metavar="M", help="Mean response length assumed (tokens); the limit without."),
+]
 Gpus = Annotated[
     int | None, typer.Option("--gpus", metavar="N", help="Number of GPUs; 8 for a recipe with sharding, else 1.")
 ]
@@ -154,6 +159,21 @@ def train_command(
     run = train(loaded, resume=resume)
     if os.environ.get("RANK", "0") == "0":
         typer.echo(f"run folder: {run}\nfor a report: opd report {run}")
+
+
+@app.command("plan", cls=RecipeCommand)
+def plan_command(
+    recipe: RecipeName, overrides: Overrides = None, gpu: PlanGpu = None, gpus: Gpus = None, response: Response = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
+) -> None:  # fmt: skip
+    """Estimate memory and time of a run's phases before it."""
+    from opdkit.config import load_recipe
+
+    loaded = load_recipe(recipe, overrides or [])
+    from opdkit import plan
+
+    found = plan.plan(loaded, gpu, gpus, response)
+    typer.echo(plan.as_json(found) if as_json else plan.as_text(found))
 
 
 @app.command("eval")

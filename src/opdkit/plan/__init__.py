@@ -1,6 +1,6 @@
-"""Planning a run without running it: what a recipe resolves to, what it counts, and what memory each phase needs."""
+"""Planning a run without running it: what a recipe resolves to, what it counts, and the memory and time of each phase."""
 
 from opdkit.plan.plan import Plan, plan
-from opdkit.plan.show import dry_run
+from opdkit.plan.show import as_json, as_text, dry_run
 
-__all__ = ["Plan", "dry_run", "plan"]
+__all__ = ["Plan", "as_json", "as_text", "dry_run", "plan"]

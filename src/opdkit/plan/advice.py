@@ -1,4 +1,4 @@
-"""Settings that make a recipe fit a GPU, each tried with a plan of its own before it is suggested."""
+"""Settings that make a recipe fit, each tried with a plan of its own before it is suggested."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -22,17 +22,26 @@ def advise(found: Plan) -> str | None:
         return None
     for changes, gpus in _candidates(found):
         for _ in range(ROUNDS):
-            tried = plan(_changed(found.recipe, changes), found.gpu.name, gpus)
+            tried = _again(found, changes, gpus)
             if not tried.too_large:
                 return _sentence(found, tried, changes)
             smaller = _smaller(tried)
             if smaller is None:
                 break
             changes = changes | smaller
+    where, other = (f"a {found.place.name}", "larger") if found.place.cuda else (found.place.name, "named")
     return (
-        f"no setting was found that fits a {found.gpu.name}: use a smaller model, shorter responses, fewer prompts a step, "
-        "or a larger GPU (--gpu)"
+        f"no setting was found that fits {where}: use a smaller model, shorter responses, fewer prompts a step, or a {other} "
+        "GPU (--gpu)"
     )
+
+
+def _again(found: Plan, changes: dict[str, Any], gpus: int) -> Plan:
+    """The same plan, of memory only, with some settings changed."""
+    recipe = _changed(found.recipe, changes)
+    if not found.place.cuda:
+        return plan(recipe, None, response=found.response, timed=False)
+    return plan(recipe, found.place.name, gpus, found.response, timed=False)
 
 
 def _candidates(found: Plan) -> Iterator[tuple[dict[str, Any], int]]:
@@ -42,13 +51,13 @@ def _candidates(found: Plan) -> Iterator[tuple[dict[str, Any], int]]:
     if not found.recipe.train.gradient_checkpointing:
         checkpointing = {"train.gradient_checkpointing": True}
         yield checkpointing, found.gpus
-    if found.recipe.lora is None and found.recipe.train.precision != "fp16":
+    if found.place.cuda and found.recipe.lora is None and found.recipe.train.precision != "fp16":
         for gpus in (2, 4, 8):
             if gpus > found.gpus or (gpus == found.gpus and found.recipe.train.sharding == "none"):
                 yield checkpointing | {"train.sharding": "fsdp2"}, gpus
     if found.recipe.lora is None and found.recipe.train.sharding == "none":
         yield checkpointing | {"lora": {}}, found.gpus
-    if found.recipe.lora is not None and found.recipe.student.quantize == "none":
+    if found.place.cuda and found.recipe.lora is not None and found.recipe.student.quantize == "none":
         yield checkpointing | {"student.quantize": "nf4"}, found.gpus
 
 
@@ -58,7 +67,7 @@ def _smaller(tried: Plan) -> dict[str, Any] | None:
     for phase in tried.too_large:
         setting = OWN[phase.name]
         shrinks = sum(part.bytes for part in phase.parts if part.setting == setting)
-        room = tried.gpu.usable - (phase.bytes - shrinks)
+        room = tried.place.usable - (phase.bytes - shrinks)
         section, _, name = setting.partition(".")
         now = int(getattr(getattr(tried.recipe, section), name))
         unit = 1 if setting == "sampling.max_rows" else tried.counts.longest
@@ -94,12 +103,13 @@ def _changed(recipe: Recipe, changes: dict[str, Any]) -> Recipe:
 def _sentence(found: Plan, tried: Plan, changes: dict[str, Any]) -> str:
     shown = " ".join(f"{key}={_yaml(value)}" for key, value in changes.items())
     where = f" on {tried.gpus} GPUs (--gpus {tried.gpus})" if tried.gpus != found.gpus else ""
-    return f"fits with {shown}{where}: then at most {gib(max(tried.phases, key=lambda p: p.bytes).bytes)} GiB"
+    return f"fits with {shown}{where}: then at most {in_bytes(max(tried.phases, key=lambda p: p.bytes).bytes)}"
 
 
 def _yaml(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else "'{}'" if value == {} else str(value)
 
 
-def gib(size: int) -> str:
-    return f"{size / 2**30:.1f}"
+def in_bytes(size: int) -> str:
+    """Bytes in GiB or MiB."""
+    return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"

@@ -5,8 +5,9 @@ A folder, a cached Hub model and the engine's own builds are read where they are
 the facts of their config.json lie in `models.json`. Left out: any network, and weights.
 """
 
+import copy
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib import resources
 from pathlib import Path
@@ -98,6 +99,16 @@ def build(architecture: Architecture, attention: str) -> Any:
         raise ModelError(
             f"{architecture.name} ({settings.path}) cannot be built with attn '{settings.attn}': {what}"
         ) from error
+
+
+def shallow(architecture: Architecture, layers: int) -> Architecture:
+    """The same architecture with fewer layers."""
+    config = copy.deepcopy(architecture.config)
+    text = config.get_text_config()
+    text.num_hidden_layers = layers
+    if getattr(text, "layer_types", None):
+        text.layer_types = text.layer_types[:layers]
+    return replace(architecture, config=config)
 
 
 def planning_attention(attn: str) -> str:

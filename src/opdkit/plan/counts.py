@@ -7,11 +7,14 @@ from opdkit.config import Recipe, TaskConfig
 from opdkit.errors import RecipeError
 from opdkit.method import Method
 from opdkit.plan.architectures import Architecture
+from opdkit.plan.texts import Lengths, chance
 from opdkit.sources import OnPolicy, Replay
 from opdkit.tasks.load import check_settings, load_task
 from opdkit.tasks.problem import Problem
 from opdkit.tasks.prompts import encode_problems
 from opdkit.train.setup import split_prompts
+
+PROMPTS = 256  # how many of the task's are read for their lengths
 
 
 @dataclass(frozen=True)
@@ -24,17 +27,19 @@ class Data:
     dropped: int = 0  # prompts over the limit
     encoded: bool = False  # whether the prompts were read with the student's tokenizer
     first: Problem | None = None  # of the training problems
+    prompts: tuple[int, ...] = ()  # tokens of some of their prompts, evenly spread over them; () where unknown
 
 
 @dataclass(frozen=True)
 class Counts:
-    """Numbers of the whole run; tokens are upper bounds. `longest` is one prompt with its response."""
+    """Numbers of the whole run. `lengths` are those of a step's texts, as far as they are known."""
 
     steps: int
     prompts: int  # of one step
     rollouts: dict[str, int]  # source -> responses of one step
     updates: int
-    longest: int
+    eval_size: int
+    lengths: Lengths
     data: Data
 
     @property
@@ -42,8 +47,19 @@ class Counts:
         return sum(self.rollouts.values())
 
     @property
+    def longest(self) -> int:
+        """Tokens of the longest prompt with the longest response."""
+        return self.lengths.longest + self.lengths.limit
+
+    @property
     def tokens_per_step(self) -> int:
-        return self.rollouts_per_step * self.longest
+        """Prompts and responses of a step, the prompt with each response."""
+        return round(self.rollouts_per_step * (self.lengths.prompt + self.lengths.response))
+
+    @property
+    def held_out(self) -> int:
+        """Held-out problems: those that were found, else as many as the recipe asks for."""
+        return self.eval_size if self.data.held_out is None else self.data.held_out
 
     @property
     def epochs(self) -> float | None:
@@ -51,9 +67,16 @@ class Counts:
         return None if self.data.train is None else self.steps * self.prompts / self.data.train
 
 
-def count(recipe: Recipe, method: Method, student: Architecture, context: int) -> Counts:
-    """Count a recipe; `context` is the shortest context of its models (tokens). Loads data that is here."""
+def count(recipe: Recipe, method: Method, student: Architecture, context: int, response: float | None = None) -> Counts:
+    """Count a recipe; `context` is the shortest context of its models (tokens), `response` the mean length of responses
+    that is assumed (None = the limit). Loads data that is here. Raises RecipeError for a mean that no response can have.
+    """
     t, s = recipe.train, recipe.sampling
+    if response is not None and not 1 <= response <= s.max_new_tokens:
+        raise RecipeError(f"--response {response:g}: expected a mean length of 1 to sampling.max_new_tokens = "
+                          f"{s.max_new_tokens} tokens")  # fmt: skip
+    data = _data(recipe, method, student, context)
+    prompts = data.prompts or (max(1, min(recipe.task.max_prompt_tokens, context - s.max_new_tokens)),)
     return Counts(
         steps=t.steps,
         prompts=t.prompts_per_step,
@@ -62,8 +85,9 @@ def count(recipe: Recipe, method: Method, student: Architecture, context: int) -
             for name, prompts in split_prompts(method, t.prompts_per_step).items()
         },
         updates=t.steps * t.minibatches * t.epochs,
-        longest=min(recipe.task.max_prompt_tokens + s.max_new_tokens, context),
-        data=_data(recipe, method, student, context),
+        eval_size=recipe.task.eval_size,
+        lengths=Lengths(prompts, s.max_new_tokens, 1.0 if response is None else chance(response, s.max_new_tokens)),
+        data=data,
     )
 
 
@@ -87,7 +111,8 @@ def _data(recipe: Recipe, method: Method, student: Architecture, context: int) -
     new = recipe.sampling.max_new_tokens
     train = encode_problems(task.train, student.tokenizer, config, context, new)
     held_out = encode_problems(task.eval, student.tokenizer, config, context, recipe.eval.max_new_tokens or new)
-    return Data(task.name, len(train), len(held_out), train.dropped, True, train.problems[0])
+    read = [len(train[i][1]) for i in range(0, len(train), max(1, len(train) // PROMPTS))]
+    return Data(task.name, len(train), len(held_out), train.dropped, True, train.problems[0], tuple(read))
 
 
 def is_here(config: TaskConfig) -> bool:

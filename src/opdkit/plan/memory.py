@@ -14,14 +14,18 @@ from opdkit.config import Recipe
 from opdkit.lm_head import BLOCK_ENTRIES, CHUNK_ENTRIES, DEVICE_BLOCK_ENTRIES
 from opdkit.method import Method
 from opdkit.plan.architectures import Architecture
-from opdkit.plan.counts import Counts
+from opdkit.plan.counts import Counts, samples
 from opdkit.plan.rehearse import Rehearsal
-from opdkit.rollouts.cache import ROOM, BufferLayer, make_cache
+from opdkit.plan.texts import Lengths
+from opdkit.rollouts.body import KNOWN
+from opdkit.rollouts.cache import ROOM, SHARED, BufferLayer, make_cache
+from opdkit.rollouts.rollout import Rollout
 
-DRAW = 16  # bytes for each logit while a token is drawn: logits, log-probs, probabilities and their product (draw.py)
-SCORE_BLOCKS = 2  # temporaries beside a chunk's logits (lm_head.score_rows)
+DRAW = 16  # bytes for each logit while a token is drawn: logits, probabilities and their temporaries (draw.py)
+DRAW_BLOCKS = 4  # on a CPU only the logits are whole; the rest is formed in blocks
+SCORE_BLOCKS = 2  # temporaries beside a chunk's logits (row_scores)
 LOSS_BLOCKS = {False: 1, True: 3}  # the same for losses: on a few ids, over the whole vocabulary (head.objective)
-SIGNAL_BLOCKS, SIGNAL_ENTRIES = 5, 8 * BLOCK_ENTRIES  # two models' log-probs and temporaries (signals.full_divergence)
+SIGNAL_BLOCKS = 5  # two models' log-probs and temporaries, of up to eight elementwise blocks (signals.full_divergence)
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,13 @@ class Model:
     trained: int
     trained_bytes: int
     shared: bool = False  # the student itself with its adapters off
+    packs: bool = False  # whether it reads packed rows where the run takes place
+
+    @property
+    def written_out(self) -> bool:
+        """Whether tokens are decoded by the engine's own layers (rollouts.body)."""
+        layers = make_cache(self.architecture.config).layers
+        return type(self.meta.base_model).__name__ in KNOWN and all(type(layer) is BufferLayer for layer in layers)
 
 
 @dataclass(frozen=True)
@@ -69,6 +80,17 @@ class Job:
     student: Model
     teachers: dict[str, Model]
     gpus: int
+    cuda: bool  # whether a GPU does the work
+
+    @property
+    def models(self) -> dict[str, Model]:
+        """Student and teachers by name."""
+        return {"student": self.student, **self.teachers}
+
+    @property
+    def blocks(self) -> int:
+        """Numbers of an elementwise block."""
+        return DEVICE_BLOCK_ENTRIES if self.cuda else BLOCK_ENTRIES
 
     @property
     def shards(self) -> int:
@@ -79,37 +101,69 @@ class Job:
         named = self.counts.rollouts.items()
         return sum(ceil(n / self.gpus) for name, n in named if source in (None, name))
 
+    def group(self, source: str) -> int:
+        """Responses to each of a source's prompts."""
+        return self.recipe.sampling.group if samples(self.method, source) else 1
+
+    def texts(self, source: str, *, longest: bool = False) -> list[Rollout]:
+        """Texts as one GPU's of a step's; `longest`: to prompts that are all as long as the longest."""
+        group = self.group(source)
+        return self.counts.lengths.texts(ceil(self.rows(source) / group), group, longest=longest)
+
+    def update_texts(self, *, longest: bool = False) -> list[list[Rollout]]:
+        """The texts of one optimiser update, source by source."""
+        t, found = self.recipe.train, []
+        for name in self.method.rollouts:
+            group = self.group(name)
+            prompts = max(1, ceil(self.rows(name) / group) // t.minibatches)
+            found.append(self.counts.lengths.texts(prompts, group, longest=longest))
+        return found
+
     def rehearsal(self, model: Model) -> Rehearsal:
         lora = self.recipe.lora if model is self.student else None
-        return Rehearsal(model.architecture, self.recipe.train.precision, lora)
+        return Rehearsal(model.architecture, self.recipe.train.precision, lora, self.cuda)
 
 
-def cache_bytes(architecture: Architecture, rows: int, prompt: int, new: int, sizes: tuple[int, int]) -> int:
-    """The sampler's key-value cache at the end of `new` tokens; `sizes` are bytes of one number of keys and values.
+def cache_bytes(model: Model, prompts: int, rows: int, lengths: Lengths, sizes: tuple[int, int]) -> int:
+    """The sampler's key-value cache at its largest; `sizes` are bytes of one number of keys and values.
 
-    With `new` = 0 it is the cache of the prompts alone. A full-attention layer's buffer has room to spare, and the last
-    one that grows exists twice (rollouts.cache).
+    A full-attention layer's buffer has room to spare, and the last one that grows exists twice (rollouts.cache.Buffer).
+    Where a group's rows read one copy of their prompt (rollouts.cache.Part), only what they write is theirs.
     """
+    prompt = lengths.longest
+    shared = model.written_out and prompt >= SHARED and prompts < rows
+    sizes_now = []
+    for now, before in capacities(0 if shared else prompt, rows, lengths):
+        total = before
+        for layer in make_cache(model.architecture.config).layers:
+            if isinstance(layer, BufferLayer):
+                total += now + (prompts * prompt if shared else 0)
+            elif getattr(layer, "is_sliding", False):
+                total += rows * min(prompt + lengths.limit, layer.sliding_window)
+        sizes_now.append(total)
+    return token_bytes(model.architecture, sizes) * max(sizes_now)
+
+
+def token_bytes(architecture: Architecture, sizes: tuple[int, int]) -> int:
+    """Keys and values of one token in one layer."""
     text = architecture.text
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    token = rows * heads * width * sum(sizes)
-    now, before = capacity(prompt, new) if new else (prompt, 0)
-    total = 0
-    for layer in make_cache(architecture.config).layers:
-        if isinstance(layer, BufferLayer):
-            total += token * now
-        elif getattr(layer, "is_sliding", False):
-            total += token * min(prompt + new, layer.sliding_window)
-    return total + token * before
+    return int(heads * width * sum(sizes))
 
 
-def capacity(prompt: int, new: int) -> tuple[int, int]:
-    """Tokens that a buffer holds in the end, and held before it grew last (rollouts.cache.BufferLayer)."""
-    now, before, length = prompt + max(ROOM, prompt // 2), 0, prompt + new - 1
-    while now < length:
-        now, before = now + 1 + max(ROOM, (now + 1) // 2), now
-    return now, before
+def capacities(start: int, rows: int, lengths: Lengths) -> list[tuple[int, int]]:
+    """(tokens that a buffer has room for, tokens that it had room for before), of all rows, each time it grows.
+
+    Rows that ended are not copied when it grows.
+    """
+    room, length = start + max(ROOM, start // 2), start + lengths.limit - 1
+    found = [(rows * room, 0)]
+    while room < length:
+        live = max(1, ceil(rows * lengths.alive(room - start)))
+        before, room = found[-1][0], room + 1 + max(ROOM, (room + 1) // 2)
+        found.append((live * room, before))
+    return found
 
 
 def record_bytes(top_k: int, hidden: int) -> int:
@@ -117,7 +171,19 @@ def record_bytes(top_k: int, hidden: int) -> int:
     return 8 + 8 + 3 * 4 + top_k * (8 + 4) + hidden
 
 
-def chunk_bytes(vocab: int, rows: int, asked: int | None, tables: int, blocks: int) -> int:
-    """Logits of C of some rows, once for each distribution over the vocabulary, and elementwise blocks beside them."""
+def chunk_bytes(vocab: int, rows: int, asked: int | None, tables: int, blocks: int, block: int) -> int:
+    """Logits of C of some rows, once for each distribution over the vocabulary, and elementwise blocks of at most `block`
+    numbers beside them."""
     entries = min(rows, asked or max(16, CHUNK_ENTRIES // vocab)) * vocab
-    return 4 * (tables * entries + blocks * min(entries, DEVICE_BLOCK_ENTRIES))
+    return 4 * (tables * entries + blocks * min(entries, max(vocab, block)))
+
+
+def signal_bytes(vocab: int, rows: int, block: int) -> int:
+    """Both models' log-probs of some rows, and temporaries, of eight blocks at a time (signals.full_divergence)."""
+    return 4 * SIGNAL_BLOCKS * min(rows, max(1, 8 * block // vocab)) * vocab
+
+
+def draw_bytes(vocab: int, rows: int, cuda: bool) -> int:
+    """Logits of some rows and what is formed from them while a token is drawn."""
+    blocks = DRAW_BLOCKS * max(vocab, BLOCK_ENTRIES)
+    return DRAW * rows * vocab if cuda else 4 * (rows * vocab + min(blocks, DRAW_BLOCKS * rows * vocab))

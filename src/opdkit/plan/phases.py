@@ -1,7 +1,7 @@
-"""How much GPU memory each phase of a step holds at its peak, per GPU, as a list of named parts.
+"""How much memory each phase of a step holds at its peak, per GPU or in this machine's process, as named parts.
 
-Every sequence is taken to be as long as the recipe allows. Left out: kernels' own workspaces and the allocator's
-fragments, for which `hardware` keeps a margin.
+Prompts are taken to be as long as the task's longest, responses as the plan assumes (counts.lengths). Left out:
+kernels' own workspaces and the allocator's fragments, for which `hardware` keeps a margin.
 
 Units: bytes. Axes: N trained tokens of a step.
 """
@@ -14,19 +14,23 @@ from opdkit.method import Method
 from opdkit.plan.architectures import linear_layers
 from opdkit.plan.counts import samples
 from opdkit.plan.memory import (
-    DRAW,
     LOSS_BLOCKS,
     SCORE_BLOCKS,
-    SIGNAL_BLOCKS,
-    SIGNAL_ENTRIES,
     Job,
     Model,
     Part,
     Phase,
     cache_bytes,
     chunk_bytes,
+    draw_bytes,
     record_bytes,
+    signal_bytes,
+    token_bytes,
 )  # fmt: skip
+from opdkit.plan.meter import LEFT
+from opdkit.plan.passes import passes
+from opdkit.plan.texts import Lengths
+from opdkit.rollouts.rollout import Rollout
 from opdkit.sources import OnPolicy, TeacherSamples
 from opdkit.support import Full, TopK
 from opdkit.train.keep import to_keep
@@ -48,6 +52,8 @@ def _resident(job: Job) -> tuple[Part, ...]:
         Part(f"gradients{of}", student.trained_bytes // n),
         Part(f"AdamW moments{of}", 2 * student.trained_bytes // n),
     ]
+    if not job.cuda:
+        parts.append(Part("gaps between blocks", LEFT))
     return (*parts, *(Part(f"{name} weights", t.bytes) for name, t in job.teachers.items() if not t.shared))
 
 
@@ -58,41 +64,43 @@ def _resident(job: Job) -> tuple[Part, ...]:
 def _sample(job: Job) -> tuple[Part, ...]:
     s, rows = job.recipe.sampling, sum(job.rows(name) for name in job.counts.rollouts if samples(job.method, name))
     parts: tuple[Part, ...] = ()
-    new = s.max_new_tokens
+    lengths = job.counts.lengths
     if rows:
         keep = to_keep(job.recipe, job.method, job.student.architecture.vocab)
         record = record_bytes(keep.top_k, job.rehearsal(job.student).hidden_size() if keep.hidden else 0)
         mixed = [src.mixed_with for src in job.method.rollouts.values() if isinstance(src, OnPolicy) and src.mixed_with]
         models = [job.student, *(job.teachers[name] for name in mixed)]
-        parts = _decoding(job, models, rows, s.group, new, record)
-        parts = (*_whole_student(job), *parts)
+        parts = _decoding(job, models, rows, s.group, lengths, record)
+        parts = (*_whole_student(job), *parts, _autocast_copies(job))
     for source in job.method.rollouts.values():
         if isinstance(source, TeacherSamples):
             teacher = job.teachers[source.teacher]
             count = ceil(job.counts.prompts / job.gpus)
-            answers = _decoding(job, [teacher], count, 1, new, record_bytes(1, 0))
+            answers = _decoding(job, [teacher], count, 1, lengths, record_bytes(1, 0))
             parts = max(parts, answers, key=_total)
     return parts
 
 
-def _decoding(job: Job, models: list[Model], rows: int, group: int, new: int, record: int) -> tuple[Part, ...]:
+def _decoding(job: Job, models: list[Model], rows: int, group: int, lengths: Lengths, record: int) -> tuple[Part, ...]:
     """Sampling `rows` responses with one model, or with several in lock-step: the larger of prompts and tokens."""
-    most, prompt = job.recipe.sampling.max_rows, job.counts.longest - job.recipe.sampling.max_new_tokens
+    most, prompt, tokens = job.recipe.sampling.max_rows, lengths.longest, lengths.longest + lengths.limit
     wave = min(rows, max(most // group * group, min(most, group)))
     prompts = ceil(wave / group)
-    records = Part("records of the step's samples", rows * new * record, "train.prompts_per_step")
+    records = Part("records of the step's samples", int(rows * lengths.response * record), "train.prompts_per_step")
     reading, writing = [], []
     for model in models:
         rehearsal, name = job.rehearsal(model), model.architecture.name
         sizes = rehearsal.cache()
-        cache = Part(f"{name} key-value cache of {_rows(wave)}", cache_bytes(model.architecture, wave, prompt, new, sizes),
+        cache = Part(f"{name} key-value cache of {_rows(wave)}", cache_bytes(model, prompts, wave, lengths, sizes),
                      "sampling.max_rows")  # fmt: skip
         # a wave's records exist three times while they are put in order (sampler._Recorder), when no token is drawn
         step = max(
-            rehearsal.decode(wave, prompt + new - 1) + DRAW * wave * model.architecture.vocab, 2 * wave * new * record
+            rehearsal.decode(wave, tokens - 1) + draw_bytes(model.architecture.vocab, wave, job.cuda),
+            int(2 * wave * lengths.response * record),
         )
         writing += [cache, Part(f"{name} decoding step", step, "sampling.max_rows")]
-        first = rehearsal.forward(prompts, prompt) + cache_bytes(model.architecture, prompts, prompt, 0, sizes)
+        read = prompts * prompt * model.architecture.layers * token_bytes(model.architecture, sizes)
+        first = rehearsal.read(prompts, prompt) + read
         reading.append(Part(f"{name} reading {prompts} prompt{'s' * (prompts > 1)}", first, "sampling.max_rows"))
     return (*max(reading, writing, key=_total), records)
 
@@ -102,43 +110,43 @@ def _decoding(job: Job, models: list[Model], rows: int, group: int, new: int, re
 
 
 def _score(job: Job) -> tuple[Part, ...]:
-    t, longest = job.recipe.train, job.counts.longest
-    rows = min(max(1, t.score_tokens // longest), job.rows())
-    passes = [(job.teachers[v.model], isinstance(v.support, Full)) for v in job.method.views.values()]
+    asked = [(job.teachers[v.model], isinstance(v.support, Full)) for v in job.method.views.values()]
     if job.recipe.sampling.rescore or any(
         job.method.reads_student(name) and not isinstance(source, OnPolicy)
         for name, source in job.method.rollouts.items()
     ):
-        passes.append((job.student, to_keep(job.recipe, job.method, job.student.architecture.vocab).hidden))
-    if not passes:
+        asked.append((job.student, to_keep(job.recipe, job.method, job.student.architecture.vocab).hidden))
+    if not asked:
         return ()
-    peaks = [
-        alternative for model, full in passes for alternative in _pass(job, model, rows, job.rows() if full else 0)
-    ]
+    every = [job.texts(name, longest=True) for name in job.method.rollouts]
+    peaks = [peak for model, full in asked for texts in every if texts for peak in _pass(job, model, texts, full)]
     if any(need.endswith((".full", ".distribution")) for _, need in _needs(job.method)):
-        peaks.append((Part("divergences inside signals", SIGNAL_BLOCKS * SIGNAL_ENTRIES * 4),))
+        rows = int(job.rows() * job.counts.lengths.response)
+        size = signal_bytes(job.student.architecture.vocab, rows, job.blocks)
+        peaks.append((Part("divergences inside signals", size),))
     return (*_whole_student(job), *_kept(job), *max(peaks, key=_total))
 
 
-def _pass(job: Job, model: Model, rows: int, joined: int) -> list[tuple[Part, ...]]:
-    """What scoring with one model holds: in its forward pass of some rows, while logits are formed, and while the hidden
-    states of `joined` rows exist in parts, joined, and in order (views.local._join)."""
-    rehearsal, name, new = job.rehearsal(model), model.architecture.name, job.recipe.sampling.max_new_tokens
+def _pass(job: Job, model: Model, texts: Sequence[Rollout], full: bool) -> list[tuple[Part, ...]]:
+    """What scoring some texts with one model holds: in its largest forward pass, while logits are formed, and, where the
+    hidden states are kept, while they exist in parts, joined, and in order (views.local._join)."""
+    cut = passes(model, texts, job.recipe.train.score_tokens)
+    largest = max(cut, key=lambda p: p.tokens)
+    rehearsal, name = job.rehearsal(model), model.architecture.name
     copies = _autocast_copies(job) if model is job.student else Part("", 0)
     hidden = rehearsal.hidden_size()
-    logits = chunk_bytes(model.architecture.vocab, rows * new, None, 1, SCORE_BLOCKS)
-    forward = rehearsal.forward(rows, job.counts.longest - 1)
-    states = rows * (job.counts.longest + new) * hidden
-    states_of_all = 2 * joined * new * hidden
+    logits = chunk_bytes(model.architecture.vocab, largest.trained, None, 1, SCORE_BLOCKS, job.blocks)
+    states = (largest.tokens + largest.trained) * hidden
+    before = full * (sum(p.trained for p in cut) - cut[-1].trained) * hidden
+    joined = full * (1 + (len(cut) > 1)) * sum(p.trained for p in cut) * hidden
+    held = Part(f"{name} hidden states of earlier passes", before, "train.prompts_per_step")
     return [
-        (Part(f"{name} forward pass of {_rows(rows)}", forward, "train.score_tokens"), copies),
-        (
-            Part(f"{name} hidden states of {_rows(rows)}", states, "train.score_tokens"),
-            Part("logits of a chunk", logits),
-            copies,
-        ),
-        (Part(f"{name} hidden states being joined", states_of_all, "train.prompts_per_step"), copies),
-    ]
+        (Part(f"{name} forward pass of {_rows(len(largest.texts))}", rehearsal.forward(largest.texts, largest.packed),
+              "train.score_tokens"), held, copies),
+        (Part(f"{name} hidden states of {_rows(len(largest.texts))}", states, "train.score_tokens"),
+         Part("logits of a chunk", logits), held, copies),
+        (Part(f"{name} hidden states being joined", joined, "train.prompts_per_step"), copies),
+    ]  # fmt: skip
 
 
 def _needs(method: Method) -> list[tuple[Any, str]]:
@@ -148,7 +156,7 @@ def _needs(method: Method) -> list[tuple[Any, str]]:
 
 def _kept(job: Job) -> tuple[Part, ...]:
     """What a scored step holds: the samples' records, the student's view made of them, and the teachers' views."""
-    n = job.rows() * job.recipe.sampling.max_new_tokens
+    n = int(job.rows() * job.counts.lengths.response)
     keep = to_keep(job.recipe, job.method, job.student.architecture.vocab)
     record = record_bytes(keep.top_k, job.rehearsal(job.student).hidden_size() if keep.hidden else 0)
     sampled = any(samples(job.method, name) for name in job.method.rollouts)
@@ -167,17 +175,18 @@ def _kept(job: Job) -> tuple[Part, ...]:
 
 
 def _update(job: Job) -> tuple[Part, ...]:
-    t, longest, student = job.recipe.train, job.counts.longest, job.student
-    in_part = max(1, job.rows() // t.minibatches)
-    rows = min(max(1, t.microbatch_tokens // longest), in_part)
-    new = min(job.recipe.sampling.max_new_tokens, longest - 1)
+    t, student, cut = job.recipe.train, job.student, job.update_texts(longest=True)
     read = {term.loss.teacher for term in job.method.terms}
     tables = 1 + sum(isinstance(view.support, Full) and name in read for name, view in job.method.views.items())
-    logits = chunk_bytes(student.architecture.vocab, rows * new, t.head_chunk, tables, LOSS_BLOCKS[tables > 1])
-    passes = job.rehearsal(student).update(rows, longest - 1, new, logits, t.gradient_checkpointing)
-    parts = [Part(f"forward, loss and backward of {_rows(rows)}", passes, "train.microbatch_tokens")]
+    found = [p for texts in cut for p in passes(student, texts, t.microbatch_tokens)]
+    largest = max(found, key=lambda p: p.tokens)
+    logits = chunk_bytes(
+        student.architecture.vocab, largest.trained, t.head_chunk, tables, LOSS_BLOCKS[tables > 1], job.blocks
+    )
+    size = job.rehearsal(student).update(largest.texts, largest.packed, logits, t.gradient_checkpointing)
+    parts = [Part(f"forward, loss and backward of {_rows(len(largest.texts))}", size, "train.microbatch_tokens")]
     if job.shards > 1:
-        parts += _gathered_parts(job, several=in_part > rows)
+        parts += _gathered_parts(job, several=len(found) > 1)
     return (*_kept(job), *parts)
 
 
@@ -199,7 +208,7 @@ def _gathered_parts(job: Job, several: bool) -> list[Part]:
 
 
 def _autocast_copies(job: Job) -> Part:
-    """Outside of inference mode autocast keeps a copy of every float32 weight that is trained while its block lasts."""
+    """Autocast keeps a copy of every float32 weight that is trained while its block lasts; sampling casts them once, too."""
     weights = [layer.weight for layer in linear_layers(job.student.meta).values() if layer.weight.requires_grad]
     copies = sum(2 * w.numel() for w in weights if w.element_size() == 4)
     precision = job.recipe.train.precision
@@ -215,27 +224,29 @@ def _evaluate(job: Job) -> tuple[Part, ...]:
     e = job.recipe.eval
     found: list[tuple[Part, ...]] = [()]
     if job.recipe.task.verifier != "none":
-        new = e.max_new_tokens or job.recipe.sampling.max_new_tokens
-        rows = ceil(job.recipe.task.eval_size / job.gpus) * e.samples
+        lengths = job.counts.lengths.up_to(e.max_new_tokens or job.recipe.sampling.max_new_tokens)
+        rows = ceil(job.counts.held_out / job.gpus) * e.samples
         models = [job.student, *(t for t in job.teachers.values() if e.teacher and not t.shared)]
-        found += [_decoding(job, [model], rows, e.samples, new, record_bytes(1, 0)) for model in models]
+        found += [_decoding(job, [model], rows, e.samples, lengths, record_bytes(1, 0)) for model in models]
     if e.kl_prompts and job.teachers:
-        found += _exact_kl(job, ceil(e.kl_prompts / job.gpus))
+        found += _exact_kl(job, ceil(min(e.kl_prompts, job.counts.held_out) / job.gpus))
     most = max(found, key=_total)
     return (*_whole_student(job), *most) if most else ()
 
 
 def _exact_kl(job: Job, rows: int) -> list[tuple[Part, ...]]:
     """train.evaluate.held_out_kl: the student's samples, and every teacher's hidden states on them."""
-    new, longest = job.recipe.sampling.max_new_tokens, job.counts.longest
+    lengths = job.counts.lengths
     record = record_bytes(1, job.rehearsal(job.student).hidden_size())
-    kept = Part("records and the student's view", 2 * rows * new * record, "eval.kl_prompts")
-    found = [_decoding(job, [job.student], rows, 1, new, record)]
-    together = min(max(1, job.recipe.train.score_tokens // longest), rows)
+    kept = Part("records and the student's view", int(2 * rows * lengths.response * record), "eval.kl_prompts")
+    found = [_decoding(job, [job.student], rows, 1, lengths, record)]
+    texts = lengths.texts(rows, 1, longest=True)
     for teacher in job.teachers.values():
-        hidden = Part(f"{teacher.architecture.name} hidden states", rows * new * job.rehearsal(teacher).hidden_size(),
-                      "eval.kl_prompts")  # fmt: skip
-        found += [(kept, hidden, *parts) for parts in _pass(job, teacher, together, rows)]
+        size = int(rows * lengths.response * job.rehearsal(teacher).hidden_size())
+        hidden = Part(f"{teacher.architecture.name} hidden states", size, "eval.kl_prompts")
+        found += [(kept, *parts) for parts in _pass(job, teacher, texts, full=True)]
+        size = signal_bytes(teacher.architecture.vocab, int(rows * lengths.response), job.blocks)
+        found.append((kept, hidden, Part("divergences in blocks", size)))
     return found
 
 

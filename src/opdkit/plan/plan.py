@@ -1,9 +1,7 @@
-"""The plan of a recipe: everything that can be known about a run without weights, network or GPU.
+"""The plan of a recipe: everything that can be known about a run without weights, network or GPU."""
 
-Left out: what a run would take in time.
-"""
-
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -15,24 +13,32 @@ from opdkit.method import Method
 from opdkit.models import LanguageModel, check_same_vocabulary
 from opdkit.plan.architectures import Architecture, find_architecture, meta_model, parameter_bytes
 from opdkit.plan.counts import Counts, count
-from opdkit.plan.hardware import Gpu, find_gpu
+from opdkit.plan.datasheet import Datasheet
+from opdkit.plan.hardware import Gpu, Host, find_gpu, this_machine
 from opdkit.plan.memory import Job, Model, Phase
 from opdkit.plan.phases import phases
+from opdkit.plan.pilot import pilot, reads_packs
+from opdkit.plan.stopwatch import Stopwatch
+from opdkit.plan.timing import Timing, timings
 from opdkit.tasks.contexts import check_context, describe_difference
 from opdkit.train.processes import Processes
 from opdkit.train.setup import check_processes, check_recipe, check_supports
 
+STEP = ("sample", "score", "update", "other")  # phases of a step; the others are outside of it
 NODE = 8  # GPUs that a recipe with sharding is planned for when none are given
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A resolved recipe with its counts and the memory of every phase on one of `gpus` GPUs."""
+    """A resolved recipe with its counts, and the memory and time of every phase on one of `gpus` GPUs, or on the machine
+    that plans. `times` is empty where they were not asked for, or could not be measured."""
 
     job: Job
-    gpu: Gpu
+    place: Gpu | Host
     phases: tuple[Phase, ...]
+    times: tuple[Timing, ...]
     notes: tuple[str, ...]
+    response: float | None = None  # mean length of responses that was asked for
 
     @property
     def recipe(self) -> Recipe:
@@ -53,25 +59,37 @@ class Plan:
     @property
     def models(self) -> dict[str, Model]:
         """Student and teachers by name."""
-        return {"student": self.job.student, **self.job.teachers}
+        return self.job.models
+
+    @property
+    def seconds(self) -> float:
+        """Of the whole run."""
+        return sum((t.total for t in self.times), 0.0)
+
+    @property
+    def step_seconds(self) -> float:
+        return sum((t.seconds for t in self.times if t.phase in STEP), 0.0)
 
     @property
     def too_large(self) -> tuple[Phase, ...]:
         """The phases that do not fit."""
-        return tuple(phase for phase in self.phases if phase.bytes > self.gpu.usable)
+        return tuple(phase for phase in self.phases if phase.bytes > self.place.usable)
 
 
-def plan(recipe: Recipe, gpu: str = "H100-80GB", gpus: int | None = None) -> Plan:
-    """Resolve and check a recipe, build its models on the meta device and plan its memory.
+def plan(
+    recipe: Recipe, gpu: str | None = "H100-80GB", gpus: int | None = None, response: float | None = None,
+    timed: bool = True,
+) -> Plan:  # fmt: skip
+    """Resolve and check a recipe, build its models on the meta device and plan its memory and time.
 
-    `gpus` is the number of processes; None = 8 where the recipe shares the student among them, else 1. Raises
-    OpdkitError for whatever a run would refuse as well, as far as it can be seen without weights; a recipe that does not
-    fit is a plan that says so.
+    `gpu` None is the machine that plans, with its processors: its times are measured, in seconds. `gpus` is the number of
+    processes; None = 8 where the recipe shares the student among GPUs, else 1. `response` is the mean length of
+    responses that is assumed (tokens); None = all are at their limit. Raises OpdkitError for whatever a run would
+    refuse as well, as far as it can be seen without weights; a recipe that does not fit is a plan that says so.
     """
-    hardware = find_gpu(gpu)
-    gpus = gpus if gpus is not None else (NODE if recipe.train.sharding != "none" else 1)
-    if gpus < 1:
-        raise RecipeError(f"--gpus {gpus}: expected 1 or more")
+    began = time.perf_counter()
+    place = this_machine() if gpu is None else find_gpu(gpu)
+    gpus = _processes(recipe, gpu, gpus)
     method = build_method(recipe.method.name, recipe.method.arguments)
     check_recipe(recipe, method)
     check_lora(recipe)
@@ -81,9 +99,47 @@ def plan(recipe: Recipe, gpu: str = "H100-80GB", gpus: int | None = None) -> Pla
     seen = {m.architecture.name: _language_model(m) for m in (student, *teachers.values())}
     _check_together(recipe, method, seen)
     context = min(m.architecture.context for m in (student, *teachers.values()))
-    counts = count(recipe, method, student.architecture, context)
-    job = Job(recipe, method, counts, student, teachers, gpus)
-    return Plan(job, hardware, phases(job), (*_notes(job, context), *_prompts(recipe, counts, seen)))
+    counts = count(recipe, method, student.architecture, context, response)
+    if isinstance(place, Host) and recipe.train.packing:
+        student = _packed(student, place)
+        teachers = {name: _packed(teacher, place) for name, teacher in teachers.items()}
+    job = Job(recipe, method, counts, student, teachers, gpus, isinstance(place, Gpu))
+    resolved = time.perf_counter() - began
+    found = phases(job)
+    times, missing = _times(job, place, resolved) if timed else ((), [])
+    notes = (*_notes(job, context), *_prompts(recipe, counts, seen), *missing)
+    return Plan(job, place, found, times, notes, response)
+
+
+def _processes(recipe: Recipe, gpu: str | None, gpus: int | None) -> int:
+    """The number of processes. Raises RecipeError for one that is impossible, or not this machine's."""
+    if gpus is not None and gpus < 1:
+        raise RecipeError(f"--gpus {gpus}: expected 1 or more")
+    shared = recipe.train.sharding != "none"
+    if gpu is not None:
+        return gpus if gpus is not None else (NODE if shared else 1)
+    if gpus is not None:
+        raise RecipeError(f"--gpus {gpus} has no effect without --gpu: name the GPUs, such as --gpu H100-80GB")
+    if shared:
+        raise RecipeError(f"train.sharding = {recipe.train.sharding} shares the student among processes, and this machine "
+                          "is planned with one: name the GPUs, such as --gpu H100-80GB")  # fmt: skip
+    return 1
+
+
+def _packed(model: Model, place: Host) -> Model:
+    return replace(model, packs=reads_packs(model, place.usable))
+
+
+def _times(job: Job, place: Gpu | Host, resolved: float) -> tuple[tuple[Timing, ...], list[str]]:
+    """The phases' times, or a note that says why there are none."""
+    if isinstance(place, Gpu):
+        return timings(job, Datasheet(job, place)), []
+    began = time.perf_counter()
+    made = pilot(job, place.usable)
+    if made is None:
+        return (), ["times were not measured: not even one layer of each model fits into an eighth of the free memory"]
+    built = (time.perf_counter() - began) / min(made.depths.values())
+    return timings(job, Stopwatch(job, made, resolved + built)), []
 
 
 def _model(settings: ModelConfig, name: str, recipe: Recipe | None) -> Model:
@@ -154,7 +210,7 @@ def _notes(job: Job, context: int) -> list[str]:
             notes.append(f"the heads of student and {name} have {int(text.vocab_size):,} and {rows:,} rows; the run itself "
                          "checks that the tokenizers are equal")  # fmt: skip
     heads = getattr(text, "num_key_value_heads", text.num_attention_heads)
-    if r.train.precision == "fp32" and r.student.dtype == "float32" and heads != text.num_attention_heads:
+    if job.cuda and r.train.precision == "fp32" and r.student.dtype == "float32" and heads != text.num_attention_heads:
         notes.append("in fp32 a GPU has no fused attention for grouped heads: PyTorch may then hold length x length numbers "
                      "for each head, which are not counted here; set train.precision: bf16")  # fmt: skip
     if data.train is None:

@@ -8,62 +8,29 @@ quantised layers, which count as their dtype's.
 Axes: B sequences, T tokens.
 """
 
-import copy
-import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from opdkit.config import LoraConfig
 from opdkit.head import RowTerm, objective
 from opdkit.losses import CrossEntropy
 from opdkit.models import LanguageModel, checkpoint_activations
-from opdkit.plan.architectures import Architecture, build, planning_attention
+from opdkit.packing import NAME as PACKED
+from opdkit.packing import packed_attention
+from opdkit.plan.architectures import Architecture, build, planning_attention, shallow
+from opdkit.plan.meter import HEAP, Meter
+from opdkit.rollouts.rollout import Rollout
 from opdkit.step import Layout, Step
+from opdkit.views.batches import Batch
 
 FUSED = "opdkit_fused"  # sdpa as it runs without a mask
 _MEASURED: dict[tuple[Any, ...], Any] = {}  # advice asks the same questions again
 ROWS = 4  # rows whose logits the rehearsed loss forms; `memory` adds the chunk's logits
-
-
-class Meter(TorchDispatchMode):
-    """Counts the bytes of all storages made inside it that are alive. `known` tensors do not count, until one of them
-    that is `replaced` is freed.
-
-    `peaks` holds the largest number of each segment; `mark` starts the next one.
-    """
-
-    def __init__(self, known: Iterable[Any] = (), replaced: Iterable[Any] = ()) -> None:
-        super().__init__()
-        self.live, self.peaks = 0, [0]
-        self._seen: weakref.WeakSet[Any] = weakref.WeakSet(t.untyped_storage() for t in known)
-        for storage in {t.untyped_storage() for t in replaced}:
-            self._seen.add(storage)
-            weakref.finalize(storage, self._free, storage.nbytes())
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.aten._local_scalar_dense.default:  # a fake number is read: what it is decides nothing here
-            return 0.5
-        out = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, torch.Tensor) and (storage := tensor.untyped_storage()) not in self._seen:
-                self._seen.add(storage)
-                self.live += storage.nbytes()
-                weakref.finalize(storage, self._free, storage.nbytes())
-        self.peaks[-1] = max(self.peaks[-1], self.live)
-        return out
-
-    def _free(self, size: int) -> None:
-        self.live -= size
-
-    def mark(self) -> None:
-        self.peaks.append(self.live)
 
 
 @dataclass(frozen=True)
@@ -73,9 +40,10 @@ class Rehearsal:
     architecture: Architecture
     precision: str = "fp32"
     lora: LoraConfig | None = None
+    cuda: bool = True  # else the CPU's way, where the engine has two
 
-    def forward(self, rows: int, tokens: int) -> int:
-        """Peak bytes of a pass without gradient over [B, T] tokens, as views are scored."""
+    def read(self, rows: int, tokens: int) -> int:
+        """Peak bytes of a pass without gradient over [B, T] tokens, as prompts are read."""
 
         def measure(layers: int) -> list[int]:
             with self._model(layers, FUSED, train=False) as lm, self._meter(lm) as meter, torch.no_grad():
@@ -83,7 +51,19 @@ class Rehearsal:
                 del kept
             return meter.peaks
 
-        return self._peak(("forward", rows, tokens), measure, grows=False)
+        return self._peak(("read", rows, tokens), measure, grows=False)
+
+    def forward(self, texts: Sequence[Rollout], packed: bool) -> int:
+        """Peak bytes of a pass without gradient over some texts, as views are scored."""
+
+        def measure(layers: int) -> list[int]:
+            opened = self._model(layers, _attention(packed), train=False)
+            with opened as lm, self._meter(lm) as meter, torch.no_grad():
+                kept = Batch(tuple(range(len(texts))), packed).states(lm, texts)
+                del kept
+            return meter.peaks
+
+        return self._peak(("forward", packed, *_sizes(texts)), measure, grows=False)
 
     def decode(self, rows: int, tokens: int) -> int:
         """Peak bytes of one decoding step beside the cache: B rows that have read T tokens, prompts of unlike length."""
@@ -124,28 +104,28 @@ class Rehearsal:
         found: int = self._once(("hidden",), look)
         return found
 
-    def update(self, rows: int, tokens: int, trained: int, logits: int, checkpointing: bool) -> int:
-        """Peak bytes of one micro-batch's forward, loss and backward over [B, T] tokens, `trained` of each row's with a
-        loss that holds `logits` bytes while it is computed.
+    def update(self, texts: Sequence[Rollout], packed: bool, logits: int, checkpointing: bool) -> int:
+        """Peak bytes of one micro-batch's forward, loss and backward over some texts, with a loss that holds `logits`
+        bytes while it is computed.
 
         Gradients of parameters exist before it and do not count.
         """
+        trained = sum(len(t.response_ids) for t in texts)
 
         def measure(layers: int) -> list[int]:
-            with self._model(layers, FUSED, train=True, checkpointing=checkpointing) as lm, self._meter(lm) as meter:
+            opened = self._model(layers, _attention(packed), train=True, checkpointing=checkpointing)
+            with opened as lm, self._meter(lm) as meter:
                 _mark_half_way_back(lm.model, layers, meter)
-                positions = torch.arange(tokens - trained, tokens).repeat(rows)
-                hidden = lm.hidden(torch.zeros(rows, tokens, dtype=torch.long))
-                hidden = hidden[torch.arange(rows).repeat_interleave(trained), positions]
+                hidden = Batch(tuple(range(len(texts))), packed).states(lm, texts)
                 meter.mark()
-                loss, _ = objective(hidden[:ROWS], lm.head(), [_row_term(min(ROWS, rows * trained))])
+                loss, _ = objective(hidden[:ROWS], lm.head(), [_row_term(min(ROWS, trained))])
                 meter.peaks[-1] += logits
                 meter.mark()
                 del hidden
                 loss.backward()
             return meter.peaks
 
-        return self._peak(("update", rows, tokens, trained, logits, checkpointing), measure)
+        return self._peak(("update", packed, *_sizes(texts), logits, checkpointing), measure)
 
     def _peak(self, what: tuple[Any, ...], measure: Callable[[int], list[int]], *, grows: bool = True) -> int:
         """The peak at full depth; a pass that keeps nothing of its layers does not grow with their number."""
@@ -156,7 +136,7 @@ class Rehearsal:
         """The answer to a question, looked up once."""
         a = self.architecture
         model = (a.config.to_json_string(use_diff=False), a.settings.dtype, a.settings.attn, a.vocab)
-        key = (repr((model, self.precision, self.lora)), *what)
+        key = (repr((model, self.precision, self.lora, self.cuda)), *what)
         if key not in _MEASURED:
             _MEASURED[key] = look()
         return _MEASURED[key]
@@ -175,12 +155,7 @@ class Rehearsal:
     ) -> Iterator[LanguageModel]:
         """The model with fewer layers, made of fake tensors."""
         _register()
-        small = copy.deepcopy(self.architecture.config)
-        text = small.get_text_config()
-        text.num_hidden_layers = layers
-        if getattr(text, "layer_types", None):
-            text.layer_types = text.layer_types[:layers]
-        shape = Architecture(self.architecture.name, self.architecture.settings, "", small)
+        shape = shallow(self.architecture, layers)
         with torch.device("meta"):
             model = build(shape, attention if self._fused else planning_attention(self.architecture.settings.attn))
             lm = LanguageModel("student", "", model.train(train).requires_grad_(train), None)
@@ -202,7 +177,9 @@ class Rehearsal:
     def _meter(self, lm: LanguageModel, cache: Iterable[Any] = ()) -> Iterator[Meter]:
         parameters = list(lm.model.parameters())
         gradients = [p.grad for p in parameters if p.grad is not None]
-        with Meter([*parameters, *gradients, *lm.model.buffers()], cache) as meter, self._autocast():
+        # The loss asks whether it is scaled, on the CPU only, where it then saves a copy: there it is not, so 1.
+        number, heap = (0.5, 1.0) if self.cuda else (1.0, HEAP)
+        with Meter([*parameters, *gradients, *lm.model.buffers()], cache, number, heap) as meter, self._autocast():
             yield meter
 
     def _autocast(self) -> torch.autocast:
@@ -264,6 +241,15 @@ def _read_prompts(lm: LanguageModel, rows: int, tokens: int) -> tuple[Any, Any]:
     return cache, mask
 
 
+def _attention(packed: bool) -> str:
+    return PACKED if packed else FUSED
+
+
+def _sizes(texts: Sequence[Rollout]) -> tuple[tuple[int, int, int], ...]:
+    """What a pass over texts depends on: which share a prompt, and all lengths."""
+    return tuple((t.prompt_ids[0], len(t.prompt_ids), len(t.response_ids)) for t in texts)
+
+
 def _row_term(rows: int) -> RowTerm:
     index = torch.zeros(rows, dtype=torch.long)
     step = Step(Layout(index, index, torch.zeros(1, dtype=torch.long)), index, {})
@@ -271,8 +257,11 @@ def _row_term(rows: int) -> RowTerm:
 
 
 def _register() -> None:
-    """Make FUSED an attention of transformers: sdpa's function without sdpa's mask."""
+    """Make FUSED an attention of transformers: sdpa's function without sdpa's mask; and that of packed rows."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
     from transformers.modeling_utils import AttentionInterface
 
     AttentionInterface.register(FUSED, sdpa_attention_forward)
+    AttentionInterface.register(PACKED, packed_attention)
+    AttentionMaskInterface.register(PACKED, sdpa_mask)

@@ -1,0 +1,166 @@
+"""The forward passes that a step's texts are cut into, by the engine itself, and the products that they need.
+
+Counted are the linear layers, attention and the vocabulary head; a padded row counts as far as it reaches. Left out:
+elementwise work, experts and windows (they count as plain layers do), and what is only copied.
+
+FLOPs are 2 for each multiplication with its addition.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
+
+from opdkit.models import LanguageModel
+from opdkit.plan.architectures import linear_layers
+from opdkit.plan.counts import samples
+from opdkit.plan.memory import Job, Model
+from opdkit.rollouts.rollout import Rollout
+from opdkit.sources import OnPolicy, TeacherSamples
+from opdkit.support import Full
+from opdkit.views.batches import batches
+
+
+@dataclass(frozen=True)
+class Pass:
+    """Some texts that go through a model together."""
+
+    texts: tuple[Rollout, ...]
+    packed: bool
+
+    @property
+    def trained(self) -> int:
+        return sum(len(t.response_ids) for t in self.texts)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of a row but for the last, which predicts nothing."""
+        return max(len(t.prompt_ids) + len(t.response_ids) for t in self.texts) - 1
+
+    @property
+    def tokens(self) -> int:
+        return self._tokens_and_pairs[0]
+
+    @property
+    def pairs(self) -> int:
+        """Pairs of tokens that attend, causally; padded rows in full."""
+        return self._tokens_and_pairs[1]
+
+    @property
+    def _tokens_and_pairs(self) -> tuple[int, int]:
+        if not self.packed:
+            rows, length = len(self.texts), self.longest
+            return rows * length, rows * length * (length + 1) // 2
+        tokens = pairs = 0
+        for prompt, members in groupby(self.texts, key=lambda t: t.prompt_ids):
+            lengths, p = [len(m.response_ids) - 1 for m in members], len(prompt)
+            tokens += p + sum(lengths)
+            pairs += p * (p + 1) // 2 + sum(n * p + n * (n + 1) // 2 for n in lengths)
+        return tokens, pairs
+
+
+def passes(model: Model, texts: Sequence[Rollout], budget: int) -> list[Pass]:
+    """The forward passes of a model over some texts, under a budget of tokens."""
+    reader = LanguageModel("", "", None, None, packs=model.packs)
+    return [Pass(tuple(texts[i] for i in b.index), b.packed) for b in batches(reader, texts, budget)]
+
+
+@dataclass(frozen=True)
+class Products:
+    """FLOPs of a model: its layers for each token, attention for each pair of tokens, and one row of logits."""
+
+    token: int
+    pair: int
+    logits: int
+    frozen: bool  # whether its weights take no gradient
+
+    @staticmethod
+    def of(model: Model) -> "Products":
+        text = model.architecture.text
+        width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        weights = sum(layer.weight.numel() for layer in linear_layers(model.meta).values())
+        pair = 4 * text.num_attention_heads * width * model.architecture.layers
+        return Products(
+            2 * weights, pair, 2 * model.architecture.vocab * text.hidden_size, model.trained < model.parameters
+        )
+
+    def at(self, depth: float) -> "Products":
+        """Of the model with this part of its layers."""
+        return replace(self, token=round(self.token * depth), pair=round(self.pair * depth))
+
+    def forward(self, over: Sequence[Pass]) -> float:
+        return float(sum(self.token * p.tokens + self.pair * p.pairs for p in over))
+
+    def learning(self, over: Sequence[Pass], checkpointing: bool) -> float:
+        """Forward and backward with the head: two products for each one of the forward pass, one where weights are
+        frozen, and the forward pass of the layers again where activations are not kept."""
+        times = 2 if self.frozen else 3
+        head = times * self.logits * sum(p.trained for p in over)
+        return (times + checkpointing) * self.forward(over) + head
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# FLOPs of phases, of models with part of their layers where `depths` says so
+
+
+Depths = Mapping[str, float]  # model -> part of its layers
+WHOLE: Depths = {}
+
+
+def products(model: Model, depths: Depths) -> Products:
+    return Products.of(model).at(depths.get(model.architecture.name, 1.0))
+
+
+def samplers(job: Job) -> dict[str, list[Model]]:
+    """The models that sample each source's responses, in lock-step where there are two."""
+    found = {}
+    for name, source in job.method.rollouts.items():
+        if isinstance(source, TeacherSamples):
+            found[name] = [job.teachers[source.teacher]]
+        elif isinstance(source, OnPolicy) and source.mixed_with is not None:
+            found[name] = [job.student, job.teachers[source.mixed_with]]
+        elif samples(job.method, name):
+            found[name] = [job.student]
+    return found
+
+
+def sampling_flops(job: Job) -> float:
+    total = 0.0
+    for name, models in samplers(job).items():
+        every = Pass(tuple(job.texts(name)), packed=True)  # a prompt is read once for its group
+        for model in models:
+            p = Products.of(model)
+            total += p.forward([every]) + p.logits * every.trained
+    return total
+
+
+def scoring_flops(job: Job, depths: Depths = WHOLE) -> float:
+    """Every view reads every source's texts; the student where a source did not record what it is asked for."""
+    total = 0.0
+    for name, source in job.method.rollouts.items():
+        texts = job.texts(name)
+        student = job.method.reads_student(name) and not isinstance(source, OnPolicy)
+        own = [job.student] if student or job.recipe.sampling.rescore else []
+        for model in [*own, *(job.teachers[v.model] for v in job.method.views.values())]:
+            p, cut = products(model, depths), passes(model, texts, job.recipe.train.score_tokens)
+            total += p.forward(cut) + p.logits * sum(c.trained for c in cut)
+    return total
+
+
+def updating_flops(job: Job, depths: Depths = WHOLE) -> float:
+    """All updates of a step; teachers whose whole distribution is compared form their logits again."""
+    t, p = job.recipe.train, products(job.student, depths)
+    cut = [c for texts in job.update_texts() for c in passes(job.student, texts, t.microbatch_tokens)]
+    read = {term.loss.teacher for term in job.method.terms}
+    again = [job.teachers[v.model] for n, v in job.method.views.items() if n in read and isinstance(v.support, Full)]
+    logits = sum(Products.of(m).logits for m in again) * sum(c.trained for c in cut)
+    return t.minibatches * t.epochs * (p.learning(cut, t.gradient_checkpointing) + logits)
+
+
+def exact_kl_flops(job: Job, texts: Sequence[Rollout], depths: Depths = WHOLE) -> float:
+    """Of one evaluation's exact reverse KL: every teacher reads the texts, and both sides' logits are formed."""
+    total = 0.0
+    for teacher in job.teachers.values():
+        p, cut = products(teacher, depths), passes(teacher, texts, job.recipe.train.score_tokens)
+        own = Products.of(job.student).logits
+        total += p.forward(cut) + (2 * p.logits + own) * sum(c.trained for c in cut)
+    return total
