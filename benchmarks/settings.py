@@ -5,7 +5,7 @@
 (b) groups of 8 with prompts of 256 tokens and long-tailed natural lengths of up to 512: a 1.2M teacher and a 0.6M
     student, trained here on a random Markov chain whose texts end with probability 1/96 after every token.
 (c) a vocabulary of 151,936 ids over bodies of 3.6M and 1.8M parameters with random weights; the student is the lower
-    half of the teacher.
+    half of the teacher. Memory is what counts, so both contenders recompute activations (TRL's own default).
 (d) SmolLM2-135M-Instruct and a student cut from it to 24 of its 30 layers.
 
 Models are made once, with a fixed seed, in the engine's cache folder. Left out: settings that need a GPU.
@@ -117,7 +117,9 @@ def cut(vocab: int, hidden: int, layers: int, keep: int) -> tuple[Qwen3ForCausal
 # Recipes: what both contenders are given
 
 
-def recipe(student: str, teacher: str, task: dict[str, Any], sampling: dict[str, Any], batch: int, lr: float) -> Recipe:
+def recipe(
+    student: str, teacher: str, task: dict[str, Any], sampling: dict[str, Any], batch: int, lr: float, **train: Any
+) -> Recipe:
     """Exact reverse KL over the full vocabulary, constant learning rate, plain AdamW."""
     return parse_recipe({
         "method": {"name": "full_opd"},
@@ -126,7 +128,7 @@ def recipe(student: str, teacher: str, task: dict[str, Any], sampling: dict[str,
         "task": task,
         "sampling": sampling,
         "optim": {"lr": lr, "schedule": "constant"},
-        "train": {"prompts_per_step": batch},
+        "train": {"prompts_per_step": batch} | train,
         "eval": {"kl_prompts": 64, "teacher": False},
         "log": {"trackers": [], "rollouts_every": 10_000, "top_k": 4},
     })  # fmt: skip
@@ -162,7 +164,7 @@ def vocabulary() -> Recipe:
         made("wide-teacher", lambda: cut(size, hidden, 8, 8)),
     )
     task = prompts("wide", torch.randint(2, size, (1056, 32), generator=torch.Generator().manual_seed(5)))
-    return recipe(str(student), str(teacher), task, {"max_new_tokens": 32}, 32, 1e-4)
+    return recipe(str(student), str(teacher), task, {"max_new_tokens": 32}, 32, 1e-4, gradient_checkpointing=True)
 
 
 def smollm2() -> Recipe:
@@ -180,7 +182,7 @@ SETTINGS = {
         ),
         Setting("a-natural", "the same with natural lengths", lambda: sums(True), 150, 20),
         Setting("b", "8 prompts of 256 tokens x group 8, natural lengths with a long tail up to 512", groups, 5, 1),
-        Setting("c", "32 prompts of 32 tokens, 32 new tokens, vocabulary 151,936", vocabulary, 3, 1),
+        Setting("c", "32 prompts of 32 tokens, 32 new tokens, vocabulary 151,936, checkpointing", vocabulary, 3, 1),
         Setting("d", "SmolLM2-135M: 8 chat prompts, up to 64 new tokens", smollm2, 3, 1),
     )
 }

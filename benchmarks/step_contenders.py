@@ -137,7 +137,8 @@ def run_trl(setting: Setting, recipe: Recipe, out: Path) -> Json:
         output_dir=str(out / "trl"), per_device_train_batch_size=batch, gradient_accumulation_steps=1,
         max_steps=recipe.train.steps, max_completion_length=recipe.sampling.max_new_tokens, temperature=1.0, beta=1.0,
         learning_rate=recipe.optim.lr, lr_scheduler_type="constant", report_to="none", logging_steps=10_000,
-        use_cpu=True, bf16=False, gradient_checkpointing=False, save_strategy="no", disable_tqdm=True,
+        use_cpu=True, bf16=False, gradient_checkpointing=recipe.train.gradient_checkpointing, save_strategy="no",
+        disable_tqdm=True,
         shuffle_dataset=False, seed=recipe.seed, max_grad_norm=recipe.optim.grad_clip, top_k=0,
         weight_decay=recipe.optim.weight_decay, adam_beta1=recipe.optim.betas[0], adam_beta2=recipe.optim.betas[1],
     )  # fmt: skip

@@ -163,13 +163,23 @@ def test_an_update_allocates_what_its_rehearsal_says(small, kind, precision, che
     assert planned == pytest.approx(allocated(real), rel=0.03)
 
 
+def test_gradients_that_an_update_makes_count_in_its_pass(small):
+    found, lm = small("llama", **SMALL)
+    texts = [Rollout(PROBLEM, (0,) * 6, (0,) * 5, "", 0, "length")]
+    made, given = (Rehearsal(found).update(texts, False, 0, False, only=only) for only in (True, False))
+    weights = sum(p.nbytes for p in lm.model.parameters())
+    assert weights < made < weights + given  # what the forward pass saved is freed while they are made
+
+
 def test_the_depth_is_extrapolated_exactly(small, monkeypatch):
     found, _ = small("qwen3", **SMALL | {"num_hidden_layers": 9})
     r = Rehearsal(found)
     texts = [Rollout(PROBLEM, (0,) * 21, (0,) * 20, "", i, "length") for i in range(2)]
 
     def ask():
-        learn = [r.update(texts, packed, 0, c) for packed in (False, True) for c in (False, True)]
+        learn = [
+            r.update(texts, p, 0, c, only=only) for p in (False, True) for c in (False, True) for only in (False, True)
+        ]
         return [r.read(2, 40), r.forward(texts, False), r.forward(texts, True), r.decode(2, 40), *learn]
 
     few = ask()

@@ -1,6 +1,7 @@
 """Planned time: lengths and products by hand, costs put together, what is timed is the engine, and the command."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from opdkit.plan import as_text, plan
 from opdkit.plan.datasheet import LAUNCH, OPERATIONS
 from opdkit.plan.hardware import Host
 from opdkit.plan.passes import Pass, Products, passes, scoring_flops, updating_flops
-from opdkit.plan.pilot import NoWords, pilot, reads_packs
+from opdkit.plan.pilot import no_words, pilot, reads_packs
 from opdkit.plan.stopwatch import cut, shorter, through
 from opdkit.plan.texts import Lengths, chance
 from opdkit.plan.timing import Decoding, Timing, evaluations, timings
@@ -150,7 +151,20 @@ def test_a_pilot_is_the_recipes_run_with_other_weights(recipe_data):
     assert teacher.model is student.model and not teacher.adapters.on and student.adapters.on
     assert made.depths == {"student": 1.0, "teacher": 1.0}
     assert pilot(found.job, 1000) is None  # nothing fits
-    assert NoWords().decode([1, 2], skip_special_tokens=True) == ""
+    assert no_words().decode([1, 2], skip_special_tokens=True) == ""
+
+
+@pytest.mark.parametrize("lora", [None, {"rank": 2}])
+def test_tokenizers_need_not_be_here(recipe_data, tmp_path, lora):
+    config = Path(recipe_data["student"]["path"], "config.json").read_text()
+    (tmp_path / "bare").mkdir()
+    (tmp_path / "bare" / "config.json").write_text(config)
+    recipe_data["student"]["path"] = str(tmp_path / "bare")
+    recipe_data["teachers"]["teacher"]["path"] = str(tmp_path / "bare") if lora is None else "student:base"
+    recipe_data["lora"] = lora
+    found = plan(parse_recipe(recipe_data), None, response=3.0)
+    assert found.counts.lengths.prompts == (128 - recipe_data["sampling"]["max_new_tokens"],)
+    assert {"evaluate", "evaluate teacher", "sample", "score", "update"} <= {t.phase for t in found.times}
 
 
 def test_packing_is_what_the_engine_does(recipe_data):

@@ -19,7 +19,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from opdkit.errors import ModelError
-from opdkit.lm_head import PARAMETERS, Head, HeadRows, TableRows, blocks, chunks, exact, normalised, precision
+from opdkit.lm_head import PARAMETERS, Head, HeadRows, TableRows, blocks, chunks, exact, normalise, precision
 from opdkit.row_scores import RowScores, clear, score_rows, tail_of
 from opdkit.rows import FullLoss, Loss, SparseLoss, StudentRows
 from opdkit.step import Step
@@ -214,10 +214,7 @@ def _normalise(z: Float[Tensor, "n V"], reads: Sequence[_Read], keep: bool) -> F
 
     Probabilities cost the second sweep no exponential; a soft-cap and full-vocabulary losses need the logs.
     """
-    lse, first = z.new_empty(z.shape[0]), z[:, 0].clone()
-    if keep:
-        normalised(z)
-        torch.sub(first, z[:, 0], out=lse)
+    lse = normalise(z) if keep else z.new_empty(z.shape[0])
     tails = [r for r in reads if r.tail is not None]
     for block in blocks(z.shape[0], z.shape[1], z.device) if tails or not keep else ():
         p = z[block].exp() if keep else _probabilities(z[block], lse[block])

@@ -18,6 +18,7 @@ import torch
 from opdkit.config import ModelConfig, nearest
 from opdkit.errors import ModelError
 from opdkit.lora import stored_base
+from opdkit.models import cache_folder
 
 NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)  # bytes of a weight: 4 bits, a byte for each 64, a float32 for each 64 x 256
 INT8 = 1.0
@@ -62,8 +63,10 @@ def find_architecture(settings: ModelConfig, name: str) -> Architecture:
 
         return Architecture(name, settings, "testbed", _testbed(build), testbed_tokenizer())
     if colon and scheme == "smollm2":
-        from opdkit.testbed.smollm2 import kept_layers
+        from opdkit.testbed.smollm2 import folder_name, kept_layers
 
+        if (made := cache_folder() / folder_name(build, kept_layers(build))).is_dir():
+            return _from_folder(made, settings, name)
         config = _shipped("smollm2-135m", {"num_hidden_layers": len(kept_layers(build))})
         return Architecture(name, settings, "known", config)
     folder = Path(settings.path).expanduser()

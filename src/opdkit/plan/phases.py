@@ -35,12 +35,25 @@ from opdkit.sources import OnPolicy, TeacherSamples
 from opdkit.support import Full, TopK
 from opdkit.train.keep import to_keep
 
+GRADIENTS = "gradients"
+
 
 def phases(job: Job) -> tuple[Phase, ...]:
     """The phases of a step that a recipe has, in their order, and the evaluation."""
     own = {"sample": _sample(job), "score": _score(job), "update": _update(job), "evaluate": _evaluate(job)}
     always = tuple(part for part in _resident(job) if part.bytes)
-    return tuple(Phase(name, always, tuple(p for p in parts if p.bytes)) for name, parts in own.items() if parts)
+    learning = tuple(part for part in always if not (part.what == GRADIENTS and made_there(job)))
+    return tuple(
+        Phase(name, learning if name == "update" else always, tuple(p for p in parts if p.bytes))
+        for name, parts in own.items()
+        if parts
+    )
+
+
+def made_there(job: Job) -> bool:
+    """Whether gradients are made in the update's pass: there is one micro-batch, before which the last update's are freed."""
+    cut = [passes(job.student, texts, job.recipe.train.microbatch_tokens) for texts in job.update_texts(longest=True)]
+    return job.shards == 1 and sum(map(len, cut)) == 1
 
 
 def _resident(job: Job) -> tuple[Part, ...]:
@@ -49,7 +62,7 @@ def _resident(job: Job) -> tuple[Part, ...]:
     of = f" / {n}" if n > 1 else ""
     parts = [
         Part(f"student weights{of}", student.bytes // n),
-        Part(f"gradients{of}", student.trained_bytes // n),
+        Part(f"{GRADIENTS}{of}", student.trained_bytes // n),
         Part(f"AdamW moments{of}", 2 * student.trained_bytes // n),
     ]
     if not job.cuda:
@@ -183,7 +196,8 @@ def _update(job: Job) -> tuple[Part, ...]:
     logits = chunk_bytes(
         student.architecture.vocab, largest.trained, t.head_chunk, tables, LOSS_BLOCKS[tables > 1], job.blocks
     )
-    size = job.rehearsal(student).update(largest.texts, largest.packed, logits, t.gradient_checkpointing)
+    only = made_there(job)
+    size = job.rehearsal(student).update(largest.texts, largest.packed, logits, t.gradient_checkpointing, only=only)
     parts = [Part(f"forward, loss and backward of {_rows(len(largest.texts))}", size, "train.microbatch_tokens")]
     if job.shards > 1:
         parts += _gathered_parts(job, several=len(found) > 1)

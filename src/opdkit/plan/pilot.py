@@ -92,11 +92,13 @@ def pilot(job: Job, free: int) -> Pilot | None:
     teachers = {}
     for name, config in recipe.teachers.items():
         if name in lms:
-            teachers[name] = replace(lms[name], temperature=config.temperature)
+            teachers[name] = lms[name]
+            teachers[name].temperature = config.temperature
             teachers[name].model.requires_grad_(False)
         else:
             assert student.adapters is not None
             teachers[name] = replace(student, name=name, adapters=replace(student.adapters, on=False))
+            teachers[name]._vocab = student.vocab  # else read from a tokenizer that may not be here
     depths |= {name: depths["student"] for name in teachers if name not in depths}
     parts = {name: depth / job.models[name].architecture.layers for name, depth in depths.items()}
     setup = _setup(job, student, teachers)
@@ -129,7 +131,7 @@ def untrained(architecture: Architecture, layers: int, lora: LoraConfig | None =
         model = build(small, architecture.settings.attn)
     _fill(model)
     adapters = None if lora is None else attach(model, lora, "", name=name, seed=0)
-    lm = LanguageModel(name, "", model.eval(), architecture.tokenizer or NoWords(), adapters=adapters)
+    lm = LanguageModel(name, "", model.eval(), architecture.tokenizer or no_words(), adapters=adapters)
     lm._vocab, lm.packs = architecture.vocab, enable(lm.model)
     return lm
 
@@ -147,13 +149,13 @@ def _fill(model: Any) -> None:
     head[END] = 0.0
 
 
-class NoWords:
+def no_words() -> Any:
     """Stands in for a tokenizer that is not on this machine: every text is empty."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from transformers import PreTrainedTokenizerFast
 
-    all_special_ids: tuple[int, ...] = ()
-
-    def decode(self, ids: Sequence[int], **_: Any) -> str:
-        return ""
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({}, unk_token="")))
 
 
 def reads_packs(model: Model, free: int) -> bool:

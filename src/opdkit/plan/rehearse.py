@@ -23,7 +23,7 @@ from opdkit.models import LanguageModel, checkpoint_activations
 from opdkit.packing import NAME as PACKED
 from opdkit.packing import packed_attention
 from opdkit.plan.architectures import Architecture, build, planning_attention, shallow
-from opdkit.plan.meter import HEAP, Meter
+from opdkit.plan.meter import CHURNED, HEAP, Meter
 from opdkit.rollouts.rollout import Rollout
 from opdkit.step import Layout, Step
 from opdkit.views.batches import Batch
@@ -104,16 +104,21 @@ class Rehearsal:
         found: int = self._once(("hidden",), look)
         return found
 
-    def update(self, texts: Sequence[Rollout], packed: bool, logits: int, checkpointing: bool) -> int:
+    def update(
+        self, texts: Sequence[Rollout], packed: bool, logits: int, checkpointing: bool, *, only: bool = False
+    ) -> int:
         """Peak bytes of one micro-batch's forward, loss and backward over some texts, with a loss that holds `logits`
         bytes while it is computed.
 
-        Gradients of parameters exist before it and do not count.
+        Gradients of parameters exist before it and do not count; with `only`, the update's only micro-batch, they are
+        made in its backward pass and count.
         """
         trained = sum(len(t.response_ids) for t in texts)
 
         def measure(layers: int) -> list[int]:
-            opened = self._model(layers, _attention(packed), train=True, checkpointing=checkpointing)
+            opened = self._model(
+                layers, _attention(packed), train=True, checkpointing=checkpointing, gradients=not only
+            )
             with opened as lm, self._meter(lm) as meter:
                 _mark_half_way_back(lm.model, layers, meter)
                 hidden = Batch(tuple(range(len(texts))), packed).states(lm, texts)
@@ -125,7 +130,7 @@ class Rehearsal:
                 loss.backward()
             return meter.peaks
 
-        return self._peak(("update", packed, *_sizes(texts), logits, checkpointing), measure)
+        return self._peak(("update", packed, *_sizes(texts), logits, checkpointing, only), measure)
 
     def _peak(self, what: tuple[Any, ...], measure: Callable[[int], list[int]], *, grows: bool = True) -> int:
         """The peak at full depth; a pass that keeps nothing of its layers does not grow with their number."""
@@ -151,7 +156,7 @@ class Rehearsal:
 
     @contextmanager
     def _model(
-        self, layers: int, attention: str, *, train: bool, checkpointing: bool = False
+        self, layers: int, attention: str, *, train: bool, checkpointing: bool = False, gradients: bool = True
     ) -> Iterator[LanguageModel]:
         """The model with fewer layers, made of fake tensors."""
         _register()
@@ -169,7 +174,7 @@ class Rehearsal:
         with FakeTensorMode():
             _to_fake(model)
             for p in model.parameters():
-                if train and p.requires_grad:
+                if train and gradients and p.requires_grad:
                     p.grad = torch.zeros_like(p)
             yield lm
 
@@ -178,7 +183,8 @@ class Rehearsal:
         parameters = list(lm.model.parameters())
         gradients = [p.grad for p in parameters if p.grad is not None]
         # The loss asks whether it is scaled, on the CPU only, where it then saves a copy: there it is not, so 1.
-        number, heap = (0.5, 1.0) if self.cuda else (1.0, HEAP)
+        kept = HEAP if lm.model.training else CHURNED
+        number, heap = (0.5, 1.0) if self.cuda else (1.0, kept)
         with Meter([*parameters, *gradients, *lm.model.buffers()], cache, number, heap) as meter, self._autocast():
             yield meter
 

@@ -16,11 +16,11 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from opdkit.models import LanguageModel
+from opdkit.products import linear
 from opdkit.rollouts.cache import BufferLayer, Part, make_cache
 
 KNOWN = ("LlamaModel", "MistralModel", "Qwen2Model", "Qwen3Model")
@@ -118,8 +118,8 @@ def joined(modules: Sequence[Any], dtype: torch.dtype) -> Callable[[Tensor], Ten
     cast = [(w.to(dtype), None if b is None else b.to(dtype)) for w, b in given]
     if len(cast) == 1:
         weight, bias = cast[0]
-        return lambda x: F.linear(x.to(dtype), weight, bias)
-    return lambda x: torch.cat([F.linear(x.to(dtype), w, b) for w, b in cast], -1)
+        return lambda x: linear(x.to(dtype), weight, bias)
+    return lambda x: torch.cat([linear(x.to(dtype), w, b) for w, b in cast], -1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -54,7 +54,7 @@ def resolve(name: str, cache: Path) -> Path:
     """
     name = name.removeprefix("smollm2:")
     kept = kept_layers(name)
-    folder = cache / _folder_name(name, kept)
+    folder = cache / folder_name(name, kept)
     if folder.is_dir():
         return folder
     try:
@@ -111,7 +111,7 @@ def keep_layers(model: "LlamaForCausalLM", kept: Sequence[int]) -> "LlamaForCaus
     return small
 
 
-def _folder_name(name: str, kept: Sequence[int]) -> str:
+def folder_name(name: str, kept: Sequence[int]) -> str:
     """Names the folder by what it is made of, so that a cache never answers for another wheel, order or build."""
     content = hashlib.sha256(f"{GGUF_SHA256} {BUILD} {list(kept)}".encode()).hexdigest()[:12]
     return f"smollm2-{name}-{content}"
