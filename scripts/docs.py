@@ -1,4 +1,5 @@
-"""Writes the generated documentation: three tables of the README, docs/peers.md and docs/aliases.md. Run by `make docs`.
+"""Writes the generated documentation: three tables of the README, docs/peers.md, docs/aliases.md, and the
+parts in docs/compose.md. Run by `make docs`.
 
 With --check nothing is written, and the program ends with an error when a file is not what it would be. Tables that
 state facts about the code look them up or run them first (`combinations.py`, `features.py`).
@@ -12,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import combinations
 import features
 import names
+import parts
 
 from opdkit.catalogue import build_method, method_table
 from opdkit.losses import (
@@ -43,7 +45,7 @@ def row(name: str, line: str, paper: str) -> str:
     support = "full" if any(isinstance(s, Full) for s in supports) else "sampled" if supports else "none"
     support = f"top-{supports[0].k}" if supports and isinstance(supports[0], TopK) else support
     losses = ", ".join(dict.fromkeys(LOSSES[type(term.loss)] for term in method.terms))
-    link = f"[{paper.removeprefix('arXiv:')}](https://arxiv.org/abs/{paper.removeprefix('arXiv:')})"
+    link = f"[{paper.removeprefix('arXiv:')}](https://arxiv.org/abs/{paper.removeprefix('arXiv:')})" if paper else ""
     return f"| `{name}` | {line} | {support} | {losses} | {link} |"
 
 
@@ -76,8 +78,13 @@ nothing. What names of theirs become in a recipe: [aliases.md](aliases.md).
 """
 
 
+def compose() -> str:
+    return between((ROOT / "docs" / "compose.md").read_text(), "parts", parts.table())
+
+
 def main(check: bool) -> int:
-    files = {ROOT / "README.md": readme, ROOT / "docs" / "peers.md": peers, ROOT / "docs" / "aliases.md": names.page}
+    files = {ROOT / "README.md": readme, ROOT / "docs" / "peers.md": peers, ROOT / "docs" / "aliases.md": names.page,
+             ROOT / "docs" / "compose.md": compose}  # fmt: skip
     stale = []
     for path, make in files.items():
         text = make()

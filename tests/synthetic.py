@@ -25,6 +25,7 @@ def make_step(
     """A step whose student has logits p [N, V], every view logits q [N, V] and whose sampled tokens are given."""
     n, vocab = p.shape
     head = identity(vocab)
+    top_k = max(top_k, method.top_list)
     k = max([top_k] + [getattr(v.support, "k", 0) for v in method.views.values()])
     got = score_rows(head, p.detach(), tokens, top_k=k)
     student = Scores(got.sampled, got.entropy, got.top_ids, got.top, None, HeadRows(p.detach(), head))

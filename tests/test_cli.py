@@ -48,7 +48,7 @@ def fake(monkeypatch: pytest.MonkeyPatch, module: str, **functions: Any) -> None
 
 def test_the_list_of_commands() -> None:
     shown = run("--help").stdout
-    commands = "demo train plan eval translate methods explain convert export report"
+    commands = "demo train plan cliff eval difficulty translate methods explain convert export report"
     assert sorted(re.findall(r"^│ ([a-z]+)  ", shown, re.MULTILINE)) == sorted(commands.split())
     assert run("-h").stdout == shown
     (entry,) = entry_points(group="console_scripts", name="opd")

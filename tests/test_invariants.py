@@ -78,19 +78,42 @@ TABLE = [
     case("gopd"),
     case("gopd", lam=1.0, importance_cap=None),
     case("gopd", lam=0.5, lam_end=1.5, until=0.3),
+    case("listopd"),
+    case("listopd", exact=None, ratio="teacher"),
     case("minillm"),
     case("minillm", mix=0.0, length_norm=False),
     case("minillm", level="sequence", importance_cap=3.0),
     case("distillm", exact=("skew_forward_kl", 0.1, 0.5)),
     case("distillm", exact=("skew_reverse_kl", 0.9, 0.5), kind="skew_reverse_kl", replay_share=0.0),
     case("distillm", exact=("skew_forward_kl", 0.3, 0.5), skew=0.3, on_policy_share=0.6, replay_share=0.4),
+    case("effopd"),
+    case("compose"),
+    case("compose", base={"name": "vopd", "k": 20}, weight="2 * confidence()", exact=None),
     case("grpo_opd"),
     case("grpo_opd", how="terms"),
+    case("uni_opd"),
+    case("uni_opd", margin="mask", low=None, high=None),
+    case("uni_opd", margin="none", balance=None, log_ratio_limit=None),
     case("grpo", exact=None, teacher=False),
     case("grpo", exact=None, teacher=False, baseline="leave_one_out", std=False, low=None, high=0.28, dual=3.0),
     case("grpo", exact=None, teacher=False, zero=False, entropy_coef=0.01),
     case("grpo", exact="forward_kl", kl_coef=1.0),
     case("grpo", exact="reverse_kl", kl_coef=1.0, kl="k2"),
+    case("opsd", exact="forward_kl"),
+    case("opsd", exact="jsd", kind="jsd"),
+    case("opsd", exact=None, kind="jsd", k=8),
+    case("sdpo", exact=None, k=16),
+    case("sdpo", k=V, kind="reverse_kl"),
+    case("sdft", exact=None, k=16),
+    case("sdft", exact="jsd", k=V),
+    case("antisd", exact=None, gate=False),
+    case("antisd", gate=False, form="sd", lam=1.0),
+    case("prune_opd", exact=None),
+    case("prune_opd", exact=None, k=8, event="accept", accept=0.8, drop=1.0, base=0.1, adapt=False),
+    case("prune_opd", k=V, base=0.0, stop_every=4),
+    case("sod"),
+    case("sod", how="terms", cap=None, floor=0.1, overlong=4),
+    case("grpo", exact=None, teacher=False, std="population", overlong=4),
     case("sft", exact=None, teacher=False, zero=False),
     case("seqkd", exact=None, teacher=False, zero=False),
 ]  # fmt: skip
@@ -109,13 +132,15 @@ def exact_gradient(p: torch.Tensor, q: torch.Tensor, kind: str, mix: float = 0.5
 
 def mean_gradient(c: Case, q: torch.Tensor) -> torch.Tensor:
     """Its exact mean over the student's tokens. All rewards are equal, so an outcome has no share in it."""
-    return expected_gradient(c.build(), P, q, reward=torch.ones(V, dtype=torch.float64))
+    reward = torch.ones(V, dtype=torch.float64)
+    return expected_gradient(c.build(), P, q, reward=reward, correct=reward > 0)
 
 
 def one_step(c: Case, q: torch.Tensor, n: int = 12):
     p = ROWS[:n]
     tokens = torch.arange(n) * 3
-    return p, make_step(c.build(), p, q, tokens, reward=(torch.arange(n) % 2).double())
+    reward = (torch.arange(n) % 2).double()
+    return p, make_step(c.build(), p, q, tokens, reward=reward, correct=reward > 0)
 
 
 def test_table_names_every_method():

@@ -242,22 +242,28 @@ def test_a_run_folder_that_holds_another_run(recipe_data):
 def test_hooks_keep_their_state_in_the_checkpoint(recipe_data, tmp_path, monkeypatch):
     from dataclasses import dataclass, replace
 
+    from opdkit import serialise
     from opdkit.train import setup
 
     @dataclass(frozen=True)
     class Counter:
         name: str = "counter"
 
-        def init(self):
+        def needs(self):
+            return ()
+
+        def init(self, now):
+            assert now.step == 0 and now.problems == 28
             return {"updates": 0, "loss": torch.zeros(())}
 
-        def update(self, state, numbers):
-            return {"updates": state["updates"] + 1, "loss": state["loss"] + numbers["loss"]}
+        def update(self, state, now):
+            assert now.step == state["updates"] + 1 and "model.norm.weight" in now.parameters
+            loss = state["loss"] + now.metrics["loss"]
+            return {"updates": now.step, "loss": loss}, {"loss": float(loss)}
 
     real = setup.build_method
     monkeypatch.setattr(setup, "build_method", lambda *a: replace(real(*a), after_update=(Counter(),)))
-    monkeypatch.setattr("opdkit.train.record.run_information", lambda s: {})
-    monkeypatch.setattr("opdkit.train.loop.run_information", lambda s: {})
+    monkeypatch.setitem(serialise._TYPES, "Counter", Counter)
     seen = []
     real_step = __import__("opdkit.train.loop", fromlist=["make_step"]).make_step
     monkeypatch.setattr(
@@ -266,19 +272,70 @@ def test_hooks_keep_their_state_in_the_checkpoint(recipe_data, tmp_path, monkeyp
     path = run(recipe_data, train__steps=2)
     run(recipe_data, train__steps=4, resume=True)
     assert seen == [0, 1, 2, 3] and path == Path(recipe_data["output"])
+    rows = metrics(path)
+    assert rows[-1]["counter/loss"] == pytest.approx(sum(row["loss"] for row in rows), rel=1e-6)
 
 
-def test_prepare_steps_see_verified_rollouts_and_may_drop_some(recipe_data, monkeypatch):
-    from dataclasses import replace
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_controller_limits_the_next_rollouts_and_is_resumed(recipe_data, monkeypatch, when):
+    from dataclasses import dataclass, replace
 
     from opdkit.train import setup
 
-    def first_of_each_group(rollouts):
-        assert all(r.reward is not None for r in rollouts)
-        return rollouts[::2]
+    @dataclass(frozen=True)
+    class Shorter:
+        when: str
+        name: str = "shorter"
+        on: str = "policy"
+
+        def needs(self):
+            return ("teacher.sampled",)
+
+        def init(self):
+            return {"limit": 5, "seen": 0}
+
+        def measure(self, step):
+            assert step.state["shorter"]["limit"] == 5 - step.state["shorter"]["seen"]
+            return step.layout.seq_len().float()
+
+        def update(self, state, values):
+            assert values.max() <= state["limit"] and values.shape == (8,)
+            return {"limit": state["limit"] - 1, "seen": state["seen"] + 1}
+
+        def response_limit(self, state):
+            return state["limit"]
+
+        def metrics(self, state):
+            return {"limit": float(state["limit"])}
 
     real = setup.build_method
-    monkeypatch.setattr(setup, "build_method", lambda *a: replace(real(*a), prepare=(first_of_each_group,)))
+    monkeypatch.setattr(setup, "build_method", lambda *a: replace(real(*a), controllers=(Shorter(when),)))
+    monkeypatch.setattr("opdkit.train.loop.run_information", lambda s: {})
+    monkeypatch.setattr("opdkit.train.record.run_information", lambda s: {})
+    run(recipe_data, train__steps=2)
+    path = run(recipe_data, train__steps=3, resume=True)
+    logged = metrics(path)
+    assert [m["shorter/limit"] for m in logged] == [4.0, 3.0, 2.0]
+    assert all(m["response_length"] <= most for m, most in zip(logged, (5, 4, 3), strict=True))
+
+
+def test_prepare_steps_see_verified_rollouts_and_may_drop_some(recipe_data, monkeypatch):
+    from dataclasses import dataclass, replace
+
+    from opdkit.train import setup
+
+    @dataclass(frozen=True)
+    class FirstOfEachGroup:
+        def needs(self):
+            return ("rollouts.reward",)
+
+        def __call__(self, rollouts, batch):
+            assert all(r.reward is not None for r in rollouts)
+            assert batch.limit == recipe_data["sampling"]["max_new_tokens"]
+            return rollouts[::2]
+
+    real = setup.build_method
+    monkeypatch.setattr(setup, "build_method", lambda *a: replace(real(*a), prepare=(FirstOfEachGroup(),)))
     monkeypatch.setattr("opdkit.train.loop.run_information", lambda s: {})
     path = run(recipe_data, train__steps=1)
     shown = json.loads((path / "rollouts" / "step-000001.json").read_text())["rollouts"]

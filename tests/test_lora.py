@@ -16,8 +16,9 @@ from opdkit.errors import ModelError, RecipeError, RunError
 from opdkit.head import RowTerm, objective
 from opdkit.lora import attach, linear_layers
 from opdkit.losses import CrossEntropy
-from opdkit.models import LanguageModel, base_of, checkpoint_activations, load_model, load_models
+from opdkit.models import LanguageModel, checkpoint_activations, load_model, load_models
 from opdkit.rollouts.sampler import Sampling, sample
+from opdkit.self_teacher import base_of
 from opdkit.step import Layout, Step
 from opdkit.train.checkpoint import latest_checkpoint, load_weights
 from opdkit.train.evaluate import evaluate_run

@@ -11,7 +11,7 @@ import os
 import re
 from itertools import groupby
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from typer.core import TyperCommand, TyperGroup
@@ -176,12 +176,46 @@ def plan_command(
     typer.echo(plan.as_json(found) if as_json else plan.as_text(found))
 
 
+@app.command("cliff")
+def cliff_command(
+    recipe: RecipeName, overrides: Overrides = None,
+    tau: Annotated[float, typer.Option(help="Structural = the teacher's top probability is at least this.")] = 0.9,
+    cap: Annotated[float | None, typer.Option(metavar="C", help="The cap of lambda*; the method's own without it.")] = None,
+    prompts: Annotated[int, typer.Option(min=1, help="Held-out prompts.")] = 200,
+    on: Annotated[Literal["teacher", "student"], typer.Option(help="Whose greedy responses are measured.")] = "teacher",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, which a method can take its lam from.")] = False,
+) -> None:  # fmt: skip
+    """Measure how far past its teacher a recipe may extrapolate."""
+    from opdkit.config import load_recipe
+
+    loaded = load_recipe(recipe, overrides or [])
+    from opdkit.cliff_command import cliff
+
+    typer.echo(cliff(loaded, tau=tau, cap=cap, prompts=prompts, on=on, as_json=as_json))
+
+
 @app.command("eval")
 def eval_command(target: RecipeOrRun, overrides: Overrides = None) -> None:
     """Evaluate a recipe's models, or a run's student, on held-out problems."""
     from opdkit.train.evaluate import evaluate_run
 
     typer.echo(evaluate_run(target, overrides or []))
+
+
+@app.command("difficulty")
+def difficulty_command(
+    recipe: RecipeName, overrides: Overrides = None,
+    out: Annotated[str, typer.Option("--out", metavar="FILE", help="A new .jsonl file.")] = "difficulty.jsonl",
+    samples: Annotated[int, typer.Option(min=2, help="Responses to each prompt.")] = 8,
+    prompts: Annotated[int | None, typer.Option(min=1, help="Only the first so many training prompts.")] = None,
+) -> None:  # fmt: skip
+    """Measure how often the student solves each training prompt, for task.upsample."""
+    from opdkit.config import load_recipe
+
+    loaded = load_recipe(recipe, overrides or [])
+    from opdkit.difficulty_command import difficulty
+
+    typer.echo(difficulty(loaded, out, samples=samples, prompts=prompts))
 
 
 @app.command("translate")

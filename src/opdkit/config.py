@@ -20,6 +20,7 @@ from opdkit.overrides import apply_override, parse_override
 
 Positive = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
+BadScores = Literal["stop", "mask"]
 LOG = logging.getLogger("opdkit.recipe")  # the command line prints it
 
 
@@ -32,7 +33,7 @@ class Section(BaseModel):
 class ModelConfig(Section):
     path: str = Field(
         description="folder, Hub id, `testbed:NAME` or `smollm2:NAME`; teachers also `student:base`, the student as it "
-        "was before training"
+        "was before training, `student:live`, its current weights, and `student:ema`, their average"
     )
     dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="parameter precision")
     attn: str = Field("sdpa", description="attention implementation of transformers")
@@ -40,6 +41,9 @@ class ModelConfig(Section):
         "none", description="bitsandbytes weights; a quantised student needs `lora`"
     )
     temperature: float = Field(1.0, gt=0, description="teachers only: logits are divided by it when scoring")
+    ema: float | None = Field(
+        None, gt=0, le=1, description="`student:ema` only: share of the new weights at every update; None = 0.05"
+    )
     template: Literal["student", "own"] = Field(
         "student", description="teachers only: own = the teacher reads the prompt through its own chat template"
     )
@@ -66,9 +70,13 @@ class MethodConfig(Section):
 
 
 class TaskConfig(Section):
-    kind: Literal["testbed", "reasoning_gym", "file", "dataset"] = Field(description="where prompts come from")
+    kind: Literal["testbed", "reasoning_gym", "file", "dataset", "verifiers"] = Field(
+        description="where prompts come from"
+    )
     name: str | None = Field(None, description="testbed or reasoning-gym task, or Hub configuration of a `dataset`")
-    path: str | None = Field(None, description="file (.jsonl, .parquet) or Hub id / folder of a `dataset`")
+    path: str | None = Field(
+        None, description="file (.jsonl, .parquet), Hub id / folder of a `dataset`, or module:function"
+    )
     eval_path: str | None = Field(
         None, description="`file` only: evaluation file; otherwise eval_size rows are held out"
     )
@@ -80,11 +88,22 @@ class TaskConfig(Section):
     columns: dict[str, str] = Field(
         {}, description="our column name -> the file's: prompt, answer, response, domain, system, tools, id"
     )
-    settings: dict[str, Any] = Field({}, description="difficulty settings of a testbed or reasoning-gym task")
+    settings: dict[str, Any] = Field(
+        {}, description="difficulty of a testbed or reasoning-gym task; arguments of a verifiers environment"
+    )
     train_size: Positive | None = Field(None, description="training problems; None = all rows (generated tasks: 10000)")
     eval_size: Positive = Field(200, description="held-out problems")
     seed: int = Field(0, ge=0, description="seed of generated tasks and of the hold-out; train and eval never overlap")
     verifier: Literal["auto", "math", "exact", "none"] = Field("auto", description="auto = the task's own, else math")
+    verifier_errors: Literal["stop", "incorrect"] = Field(
+        "stop", description="a verifier that raises: stop the run, or count the response as incorrect and log how many"
+    )
+    upsample: str | None = Field(
+        None, description="file that `opd difficulty` wrote: prompts of its smaller buckets come up more often"
+    )
+    upsample_shape: Literal["u", "j"] | None = Field(
+        None, description="with `upsample`: u repeats prompts solved sometimes, j also those solved always; None = u"
+    )
     system: str | None = Field(None, description="system prompt for rows that have none")
     template: Literal["chat", "plain"] = Field("chat", description="chat = tokenizer's chat template; plain = raw text")
     template_args: dict[str, Any] = Field(
@@ -106,6 +125,23 @@ class SamplingConfig(Section):
     rescore: bool = Field(
         False, description="score samples again with the student and log the gap to the captured log-probs"
     )
+
+
+class ToolsConfig(Section):
+    environment: str = Field(description="calculator, python, verifiers, or your own as package.module:function")
+    settings: dict[str, Any] = Field({}, description="arguments of the environment")
+    calls: Literal["template", "text"] = Field(
+        "template", description="template = <tool_call> blocks and the chat template's tool messages; text = CALL lines"
+    )
+    show: Literal["template", "system"] = Field(
+        "template", description="how a chat model learns of the tools: its template shows them, or a system prompt does"
+    )
+    turns: Positive = Field(8, description="turns of one response; a call at the end of the last one is not run")
+    seconds: float = Field(10.0, gt=0, description="seconds for one call; later answers count as errors")
+    characters: Annotated[int, Field(ge=64)] = Field(
+        2000, description="characters of one answer; its middle is cut out"
+    )
+    workers: Positive = Field(8, description="calls that run at the same time")
 
 
 class OptimConfig(Section):
@@ -140,6 +176,9 @@ class TrainConfig(Section):
     )
     precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="arithmetic of forward passes (accelerate)")
     gradient_checkpointing: bool = Field(False, description="recompute activations in the backward pass")
+    bad_scores: BadScores = Field(
+        "stop", description="NaN or infinite log-probs of a teacher: stop, batch saved, or leave these tokens out"
+    )
     reduction: Literal["token_mean", "seq_mean_token_mean", "seq_mean_token_sum", "seq_mean_token_sum_norm"] | None = (
         Field(None, description="overrides every term's own reduction")
     )
@@ -172,6 +211,7 @@ class Recipe(Section):
     teachers: dict[str, ModelConfig] = Field({}, description="name -> model; the method's views use these names")
     lora: LoraConfig | None = Field(None, description="train adapters instead of the whole student; {} = its defaults")
     task: TaskConfig
+    tools: ToolsConfig | None = Field(None, description="tools that the student calls while it writes a response")
     sampling: SamplingConfig = SamplingConfig()
     optim: OptimConfig = OptimConfig()
     train: TrainConfig = TrainConfig()
@@ -182,7 +222,9 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _check_task(self) -> "Recipe":
-        needs = {"testbed": "name", "reasoning_gym": "name", "file": "path", "dataset": "path"}[self.task.kind]
+        needs = {"testbed": "name", "reasoning_gym": "name", "file": "path", "dataset": "path", "verifiers": "path"}[
+            self.task.kind
+        ]
         if getattr(self.task, needs) is None:
             raise ValueError(f"task.kind '{self.task.kind}' needs task.{needs}")
         return self
@@ -257,7 +299,7 @@ def recipe_data(name: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
     data = translation.data
     for line in translation.lines:
         LOG.info(line)
-    for key in ("path", "eval_path"):  # a data file that a recipe ships lies beside it
+    for key in ("path", "eval_path", "upsample"):  # a data file that a recipe ships lies beside it
         beside = path.parent / str(data["task"].get(key)) if isinstance(data.get("task"), dict) else None
         if beside is not None and beside.is_file():
             data["task"][key] = str(beside.resolve())

@@ -25,6 +25,9 @@ from opdkit.errors import ModelError, RecipeError
 ADAPTER = "default"  # peft's name of the only adapter
 ADAPTER_CONFIG = "adapter_config.json"
 BASE = "student:base"  # the path of a teacher that is the student as it was before training
+LIVE = "student:live"  # ... that is the student as it is now
+EMA = "student:ema"  # ... that is an exponential average of the student's weights
+SELF, SELF_PREFIX = (BASE, LIVE, EMA), "student:"
 
 
 @dataclass(frozen=True)
@@ -185,8 +188,8 @@ def linear_layers(model: Any) -> list[str]:
 
 def check_lora(recipe: Recipe) -> None:
     """Raise RecipeError for settings of `lora`, `quantize` and `student:base` that contradict each other."""
-    if recipe.student.path == BASE:
-        raise RecipeError(f"student.path = {BASE} names the student itself; only a teacher can be that")
+    if recipe.student.path.startswith(SELF_PREFIX):
+        raise RecipeError(f"student.path = {recipe.student.path} names the student itself; only a teacher can be that")
     if recipe.student.quantize != "none" and recipe.lora is None:
         raise RecipeError(f"student.quantize = {recipe.student.quantize}: quantised weights cannot be trained; train "
                           "adapters beside them with `lora: {}`, or use quantize: none")  # fmt: skip

@@ -1,20 +1,24 @@
-"""A method as a value: rollout sources, views, terms and hooks, checked when it is built.
+"""A method as a value: rollout sources, views, terms, controllers and hooks, checked when it is built.
 
 A `Method` prints, compares (`==`), serialises (`to_dict`, `from_dict`) and holds no tensors. The engine knows methods
 only through this type; `methods/` holds one file per published method.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal
 
+from opdkit.contexts import Context
+from opdkit.controllers import Controller
 from opdkit.errors import MethodError
+from opdkit.hooks import Hook
 from opdkit.losses import Divergence, PolicyGradient
-from opdkit.pieces import Piece
+from opdkit.pieces import Piece, flat
+from opdkit.prepare import Prepare
 from opdkit.reduction import Reduction
 from opdkit.rows import Loss
 from opdkit.serialise import decode, encode, register
-from opdkit.sources import OnPolicy, Source, TeacherSamples
+from opdkit.sources import EarlyStop, OnPolicy, Source, TeacherSamples
 from opdkit.support import Full, Sampled, Support, TopK
 from opdkit.weights import ones
 
@@ -35,25 +39,25 @@ class Linear:
         return self.start + (self.end - self.start) * min(1.0, progress / self.until)
 
 
-@runtime_checkable
-class Hook(Protocol):
-    """Runs after every update. Its state lives in `Step.state[name]` and in the checkpoint, never in the hook."""
-
-    @property
-    def name(self) -> str: ...
-
-    def init(self) -> dict[str, Any]: ...
-
-    def update(self, state: dict[str, Any], metrics: Mapping[str, float]) -> dict[str, Any]: ...
-
-
 @dataclass(frozen=True)
 class View:
-    """Who scores, having read what, on which tokens."""
+    """Who scores, having read what, on which tokens.
 
-    model: str  # "student" or a teacher's name in the recipe
+    A mapping {domain: teacher} gives each rollout the teacher of its problem's domain; `*` stands for all other domains.
+    """
+
+    model: str | Mapping[str, str]  # "student" or a teacher's name in the recipe, or one for each domain
     support: Support = Sampled()
-    context: Literal["own"] = "own"  # own: the model reads the rollout's own prompt
+    context: Literal["own"] | Context = "own"  # own: the model reads the rollout's own prompt
+
+    def __post_init__(self) -> None:
+        if not self.models:
+            raise MethodError(f"{self}: its model names no teacher; give one name, or {{domain: teacher, ...}}")
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """The names of all its models, each once."""
+        return tuple(dict.fromkeys([self.model] if isinstance(self.model, str) else self.model.values()))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,14 +77,20 @@ class Term:
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
-    """rollout sources + prepare steps + views + terms + after-update hooks. Raises MethodError when they do not fit."""
+    """rollout sources + prepare steps + views + terms + controllers + after-update hooks. MethodError when they do not fit.
+
+    Prepare steps run on the source "policy", after the verifier. `watch` names further numbers for the log: the mean of
+    each piece over the tokens of "policy".
+    """
 
     name: str
     rollouts: Mapping[str, Source] = field(default_factory=lambda: {"policy": OnPolicy()})
-    prepare: tuple[Callable[[list[Any]], list[Any]], ...] = ()  # list[Rollout] -> list[Rollout], before the views
+    prepare: tuple[Prepare, ...] = ()
     views: Mapping[str, View]
     terms: tuple[Term, ...]
+    controllers: tuple[Controller, ...] = ()
     after_update: tuple[Hook, ...] = ()
+    watch: Mapping[str, Piece] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.terms:
@@ -98,8 +108,17 @@ class Method:
                 )
         for term in self.terms:
             self._check(term)
+        self._check_controllers()
+        for early in self._early():
+            self._check_early(early)
+        if (self.watch or self.prepare) and "policy" not in self.rollouts:
+            raise MethodError(f"method {self.name}: prepare steps and watched pieces read the source 'policy', but the rollout "
+                              f"sources are {', '.join(self.rollouts)}")  # fmt: skip
+        for piece in self.watch.values():
+            flat(piece, "watch")
+            self._check_needs([(repr(who), *need.split(".", 1)) for who, need in piece.needs], "policy")  # type: ignore[misc]
         for name in self.views:
-            if not any(view == name for term in self.terms for _, view, _ in self._needs(term)):
+            if not any(view == name for _, view, _ in self._all_needs()):
                 raise MethodError(f"method {self.name}: no term reads view '{name}'; remove it or use it")
 
     def _needs(self, term: Term) -> list[tuple[str, str, str]]:
@@ -135,21 +154,76 @@ class Method:
             if "behaviour" not in read:
                 raise MethodError(f"method {self.name}: '{term.on}' is sampled from a mixture with a teacher, and {term.loss} "
                                   "is only right with an importance weight, such as weight=importance()")  # fmt: skip
-        for who, view, what in self._needs(term):
-            if view == "behaviour" and not isinstance(self.rollouts[term.on], OnPolicy):
-                raise MethodError(f"method {self.name}: {who} reads the sampler's log-probs, but '{term.on}' was not "
+        self._check_needs(self._needs(term), term.on)
+
+    def _check_controllers(self) -> None:
+        names = [c.name for c in self.controllers] + [h.name for h in self.after_update]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise MethodError(f"method {self.name}: two controllers or hooks are named '{twice[0]}'; their state is kept by "
+                              "name, so give them different ones")  # fmt: skip
+        for c in self.controllers:
+            if c.on not in self.rollouts:
+                raise MethodError(f"method {self.name}: {c} reads '{c.on}', but the rollout sources are "
+                                  f"{', '.join(self.rollouts)}")  # fmt: skip
+            self._check_needs(_split(c, c.needs()), c.on)
+
+    def _early(self) -> list[EarlyStop]:
+        return [s.stop_early for s in self.rollouts.values() if isinstance(s, OnPolicy) and s.stop_early is not None]
+
+    def _check_early(self, early: EarlyStop) -> None:
+        if early.view not in self.views:
+            raise MethodError(f"method {self.name}: {early} reads view '{early.view}', but the views are "
+                              f"{', '.join(self.views) or 'none'}")  # fmt: skip
+        view = self.views[early.view]
+        if not isinstance(view.model, str) or view.context != "own":
+            raise MethodError(f"method {self.name}: {early} needs a view of one model that reads the rollouts' own prompts, "
+                              f"but view '{early.view}' is {view}; leave out the early stop")  # fmt: skip
+
+    @property
+    def top_list(self) -> int:
+        """The most ids of a view's own top list that any part reads; 0 = none."""
+        found = [what for _, _, what in self._all_needs()]
+        return max([int(what.removeprefix("top:")) for what in found if what.startswith("top:")], default=0)
+
+    def _all_needs(self) -> list[tuple[str, str, str]]:
+        """(who reads, view, field) of all terms, controllers, prepare steps and watched pieces."""
+        found = [need for term in self.terms for need in self._needs(term)]
+        found += [(repr(who), *need.split(".", 1)) for p in self.watch.values() for who, need in p.needs]  # type: ignore[misc]
+        contexts = [view.context for view in self.views.values() if view.context != "own"]
+        parts: list[Controller | Prepare | Hook | Context | EarlyStop]
+        parts = [*self.controllers, *self.prepare, *self.after_update, *contexts, *self._early()]
+        return found + [need for part in parts for need in _split(part, part.needs())]
+
+    def _check_needs(self, needs: list[tuple[str, str, str]], source: str) -> None:
+        for who, view, what in needs:
+            if view == "behaviour" and not isinstance(self.rollouts[source], OnPolicy):
+                raise MethodError(f"method {self.name}: {who} reads the sampler's log-probs, but '{source}' was not "
                                   "sampled by the student; use an OnPolicy source")  # fmt: skip
-            if view in ("rollouts", "student", "behaviour"):
+            if view == "state" and what not in [c.name for c in self.controllers]:
+                raise MethodError(f"method {self.name}: {who} reads the state of '{what}', but the controllers are "
+                                  f"{', '.join(c.name for c in self.controllers) or 'none'}; add it")  # fmt: skip
+            if view in ("rollouts", "student", "behaviour", "state"):
                 continue
             if view not in self.views:
                 raise MethodError(f"method {self.name}: {who} reads view '{view}', but the views are "
                                   f"{', '.join(self.views) or 'none'}; add views={{'{view}': View(...)}}")  # fmt: skip
+            if what == "informed" and self.views[view].context == "own":
+                raise MethodError(f"method {self.name}: {who} masks by the context of view '{view}', which reads the "
+                                  "rollout's own prompt; give that view a context, such as Shown()")  # fmt: skip
             given = self.views[view].support
             wanted = {"candidates": TopK, "full": Full, "distribution": TopK | Full}.get(what)
             if wanted is not None and not isinstance(given, wanted):
                 hint = {"candidates": "TopK(k)", "full": "Full()"}.get(what, "TopK(k) or Full()")
                 raise MethodError(f"method {self.name}: {who} reads the {what} of view '{view}', which has support "
                                   f"{given}; give that view support={hint}")  # fmt: skip
+
+    def initial_state(self) -> dict[str, dict[str, Any]]:
+        """What the controllers remember before the first step, by their names."""
+        return {c.name: c.init() for c in self.controllers}
+
+    def reads(self, term: Term) -> set[str]:
+        """The views that a term's signal, weight and loss read."""
+        return {view for _, view, _ in self._needs(term)}
 
     def _mixed(self, source: str) -> bool:
         given = self.rollouts[source]
@@ -167,7 +241,7 @@ class Method:
     @property
     def asks(self) -> list[tuple[str, str]]:
         """(who asks, a teacher's name) for every view and rollout source that names one."""
-        found = [(f"view '{name}'", view.model) for name, view in self.views.items()]
+        found = [(f"view '{name}'", model) for name, view in self.views.items() for model in view.models]
         for name, source in self.rollouts.items():
             if isinstance(source, OnPolicy) and source.mixed_with is not None:
                 found.append((f"source '{name}'", source.mixed_with))
@@ -182,11 +256,11 @@ class Method:
 
     @property
     def needs_reward(self) -> bool:
-        return any(what in ("reward", "correct") for term in self.terms for _, _, what in self._needs(term))
+        return any(what in ("reward", "correct") for _, _, what in self._all_needs())
 
     @property
     def needs_group(self) -> bool:
-        return any(what == "group" for term in self.terms for _, _, what in self._needs(term))
+        return any(what == "group" for _, _, what in self._all_needs())
 
     def __str__(self) -> str:
         """The composition, one part a line."""
@@ -198,6 +272,8 @@ class Method:
             signal = "" if term.signal is None else f" of {term.signal}"
             weight = "" if term.weight == ones() else f", weight {term.weight}"
             lines.append(f"  term      {term.coef} x {term.reduction} on {term.on}: {term.loss}{signal}{weight}")
+        lines += [f"  control   {controller}" for controller in self.controllers]
+        lines += [f"  watch     {name} = {piece}" for name, piece in self.watch.items()]
         return "\n".join(lines + [f"  after     {hook}" for hook in self.after_update])
 
     def to_dict(self) -> dict[str, Any]:
@@ -209,6 +285,12 @@ class Method:
         method = decode(data)
         assert isinstance(method, Method)
         return method
+
+
+def _split(
+    part: Controller | Prepare | Hook | Context | EarlyStop, needs: tuple[str, ...]
+) -> list[tuple[str, str, str]]:
+    return [(repr(part), *need.split(".", 1)) for need in needs]  # type: ignore[misc]
 
 
 register(Method, Term, View, Linear)

@@ -9,16 +9,20 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from opdkit.divergences import NO_MASS
+from opdkit.pieces import Piece
 from opdkit.rollouts.rollout import Rollout
-from opdkit.step import Scores, Step
+from opdkit.step import Scores, Step, take_rows
+from opdkit.turns import turn_means, usable
 
 ROWS = 16384  # positions whose k x k comparisons are held at once
+TURNS = 8  # turns of a response that are logged each on its own; the last one stands for all later ones too
 
 
 Means = dict[str, tuple[float, float]]  # name -> (sum, count): such pairs of several processes add up exactly
@@ -46,18 +50,18 @@ def agreement(student: Scores, teacher: Scores, k: int) -> Means:
     use k' = min(k, what both have). `overlap_token_advantage` is E[-KL(p', q') / |I|] with both renormalised on the
     intersection I, over positions where it is not empty; 0 is best.
     """
-    found = {"reverse_kl": _mean(student.sampled - teacher.sampled)}
+    found = {"reverse_kl": mean_and_count(student.sampled - teacher.sampled)}
     if student.entropy is not None and teacher.entropy is not None:
-        found["entropy_teacher"] = _mean(teacher.entropy)
-        found["entropy_gap"] = _mean((teacher.entropy - student.entropy).abs())
+        found["entropy_teacher"] = mean_and_count(teacher.entropy)
+        found["entropy_gap"] = mean_and_count((teacher.entropy - student.entropy).abs())
     if student.top_ids is not None and teacher.top_ids is not None:
         k = min(k, student.top_ids.shape[1], teacher.top_ids.shape[1])
         rows = [_overlap(student, teacher, k, slice(i, i + ROWS)) for i in range(0, student.sampled.shape[0], ROWS)]
         share, advantage, p_mass, q_mass = (torch.cat(column) for column in zip(*rows, strict=True))
-        found["overlap_ratio"] = _mean(share)
-        found["overlap_token_advantage"] = _mean(advantage[share > 0])
-        found["overlap_mass_student"] = _mean(p_mass)
-        found["overlap_mass_teacher"] = _mean(q_mass)
+        found["overlap_ratio"] = mean_and_count(share)
+        found["overlap_token_advantage"] = mean_and_count(advantage[share > 0])
+        found["overlap_mass_student"] = mean_and_count(p_mass)
+        found["overlap_mass_teacher"] = mean_and_count(q_mass)
     return found
 
 
@@ -76,40 +80,120 @@ def _overlap(student: Scores, teacher: Scores, k: int, rows: slice) -> tuple[Ten
     return size / k, advantage, p.exp().sum(-1), q.exp().sum(-1)
 
 
-def rollout_metrics(rollouts: Sequence[Rollout]) -> Means:
-    """Response length (tokens), share cut by the length limit, and mean reward and accuracy where a verifier judged."""
+def rollout_metrics(rollouts: Sequence[Rollout], domains: Sequence[str] = ()) -> Means:
+    """Response length (tokens), share cut by the length limit, and mean reward and accuracy where a verifier judged.
+
+    Of several `domains` each has its own accuracy, behind `/DOMAIN`.
+    """
     n = float(len(rollouts))
     found = {
         "response_length": (float(sum(len(r.response_ids) for r in rollouts)), n),
         "clipped_share": (float(sum(r.finish == "length" for r in rollouts)), n),
     }
+    found |= tool_metrics([r for r in rollouts if r.calls is not None])
     if rollouts and all(r.reward is not None for r in rollouts):
         found["reward"] = (sum(r.reward or 0.0 for r in rollouts), n)
         found["accuracy"] = (float(sum(bool(r.correct) for r in rollouts)), n)
+        for domain in domains if len(domains) > 1 else ():
+            verdicts = [bool(r.correct) for r in rollouts if r.problem.domain == domain]
+            found[f"accuracy/{domain}"] = (float(sum(verdicts)), float(len(verdicts)))
+        found |= _groups(rollouts)
     return found
 
 
-def step_metrics(step: Step, rollouts: Sequence[Rollout], k: int, vocab: int) -> Means:
-    """Everything about one source's step. Several teachers get `/NAME` behind each of their numbers."""
-    found = rollout_metrics(rollouts)
+def _groups(rollouts: Sequence[Rollout]) -> Means:
+    """Shares of the prompts with several responses in which some are right, and in which none is."""
+    verdicts: dict[int, list[bool]] = {}
+    for r in rollouts:
+        verdicts.setdefault(r.group, []).append(bool(r.correct))
+    several = [v for v in verdicts.values() if len(v) > 1]
+    if not several:
+        return {}
+    mixed, wrong = sum(any(v) and not all(v) for v in several), sum(not any(v) for v in several)
+    return {
+        "groups_mixed": (float(mixed), float(len(several))),
+        "groups_all_wrong": (float(wrong), float(len(several))),
+    }
+
+
+def tool_metrics(rollouts: Sequence[Rollout]) -> Means:
+    """Of responses with tools: turns, calls and timeouts of a response, the share of calls that failed, and the share of
+    responses that were cut at the limit of turns. Nothing where there are none."""
+    if not rollouts:
+        return {}
+    n, outcomes = float(len(rollouts)), [outcome for r in rollouts for outcome in r.calls or ()]
+    errors = float(sum(outcome != "ok" for outcome in outcomes))
+    return {
+        "tools/turns": (float(sum(1 + max(r.turns or (0,)) for r in rollouts)), n),
+        "tools/calls": (float(len(outcomes)), n),
+        "tools/timeouts": (float(outcomes.count("timeout")), n),
+        "tools/error_share": (errors, float(len(outcomes))),
+        "tools/turn_limit_share": (float(sum(r.finish == "turns" for r in rollouts)), n),
+    }
+
+
+def step_metrics(
+    step: Step, rollouts: Sequence[Rollout], k: int, vocab: int, domains: Sequence[str] = (),
+    judged: Sequence[Rollout] | None = None,
+) -> Means:  # fmt: skip
+    """Everything about one source's step. Several views get `/NAME` behind each of their numbers, several `domains` their
+    own accuracy and reverse KL behind `/DOMAIN`, and responses of several turns their mean |log p - log q| in each of them as
+    `turn_gap/1`, ... `judged` are the rollouts before prepare steps left some of them out."""
+    found = rollout_metrics(rollouts if judged is None else judged, domains)
     student = step.views.get("student")
     if student is None:
         return found
     if student.entropy is not None:
-        found["entropy_student"] = _mean(student.entropy)
+        found["entropy_student"] = mean_and_count(student.entropy)
     if "behaviour" in step.views:
-        found["sampler_gap"] = _mean((student.sampled - step.views["behaviour"].sampled).abs())
+        found["sampler_gap"] = mean_and_count((student.sampled - step.views["behaviour"].sampled).abs())
     teachers = [name for name in step.views if name not in ("student", "behaviour")]
     for name in teachers:
         suffix = f"/{name}" if len(teachers) > 1 else ""
-        agreed = agreement(student, step.views[name], min(k, vocab))
+        ours, theirs, bad = student, step.views[name], step.views[name].bad
+        if bad is not None:
+            good = torch.nonzero(~bad).squeeze(1)
+            ours, theirs = take_rows(replace(student, full=None), good), take_rows(replace(theirs, full=None), good)
+        agreed = agreement(ours, theirs, min(k, vocab))
         found |= {key + suffix: value for key, value in agreed.items()}
+        for domain in domains if len(domains) > 1 else ():
+            its = torch.tensor([r.problem.domain == domain for r in rollouts], device=step.tokens.device)
+            own = its[step.layout.seq] if bad is None else its[step.layout.seq] & ~bad
+            found[f"reverse_kl{suffix}/{domain}"] = mean_and_count((student.sampled - step.views[name].sampled)[own])
+        gap = (student.sampled - step.views[name].sampled).abs()
+        found |= by_turn(f"turn_gap{suffix}", gap, step, step.usable([name]))
         if "overlap_ratio" in agreed:
             found["overlap_chance"] = (min(k, vocab) / vocab, 1.0)
+        informed = step.views[name].informed
+        if informed is not None:  # one number for each rollout that has tokens
+            found[f"informed{suffix}"] = mean_and_count(
+                step.layout.seq_mean(informed.double())[step.layout.seq_len() > 0]
+            )
     return found
 
 
-def _mean(x: Float[Tensor, " N"]) -> tuple[float, float]:
+def watched(name: str, piece: Piece, step: Step) -> Means:
+    """A piece's mean over the tokens on which the views that it reads gave numbers, and where responses have several turns
+    also by turn (`by_turn`)."""
+    values, good = piece(step), usable(step, piece)
+    return {name: mean_and_count(values if good is None else values[good])} | by_turn(name, values, step, good)
+
+
+def by_turn(name: str, values: Float[Tensor, " N"], step: Step, counted: Bool[Tensor, " N"] | None) -> Means:
+    """NAME/k: the mean over the step's k-th turns of their means; the last one holds all later turns too.
+
+    Nothing where no response has a second turn.
+    """
+    means = turn_means(step, values, counted)
+    if not bool((means.place > 0).any()):
+        return {}
+    place, last = means.place[means.known].clamp(max=TURNS - 1), int(means.place.max())
+    found = means.of_each[means.known]
+    return {f"{name}/{k + 1}": mean_and_count(found[place == k]) for k in range(min(last + 1, TURNS))}
+
+
+def mean_and_count(x: Float[Tensor, " N"]) -> tuple[float, float]:
+    """(sum, count) of some tokens' values, as `averages` reads them."""
     return float(x.double().sum()), float(x.numel())
 
 

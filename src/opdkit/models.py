@@ -20,7 +20,7 @@ from torch import Tensor
 from opdkit.config import LoraConfig, ModelConfig, Recipe
 from opdkit.errors import ModelError, RecipeError
 from opdkit.head import Head
-from opdkit.lora import BASE, Adapters, attach, check_lora, load_adapters, stored_base
+from opdkit.lora import SELF_PREFIX, Adapters, attach, check_lora, load_adapters, stored_base
 
 
 @dataclass
@@ -175,10 +175,13 @@ def load_model(
 def load_models(recipe: Recipe, device: torch.device, seed: int) -> tuple[LanguageModel, dict[str, LanguageModel]]:
     """The student and the teachers of a recipe, the teachers frozen; fresh adapters are drawn with `seed`.
 
-    Raises ModelError and RecipeError as `load_model` and `base_of` do, and RecipeError for a student that has adapters or
+    Raises ModelError and RecipeError as `load_model` and `self_teacher` do, and RecipeError for a student that has adapters or
     quantised weights in a recipe without `lora`.
     """
+    from opdkit.self_teacher import check_self_teachers, self_teacher
+
     check_lora(recipe)
+    check_self_teachers(recipe)
     student = load_model(recipe.student, "student", device, recipe.lora, seed)
     if recipe.lora is None and (student.adapters is not None or getattr(student.model, "is_quantized", False)):
         held = "an adapter" if student.adapters is not None else "quantised weights"
@@ -186,8 +189,8 @@ def load_models(recipe: Recipe, device: torch.device, seed: int) -> tuple[Langua
                           "`lora` to train adapters, or give a merged model (`opd export RUN --merge`)")  # fmt: skip
     teachers = {}
     for name, config in recipe.teachers.items():
-        if config.path == BASE:
-            teachers[name] = base_of(student, recipe.student, config, name)
+        if config.path.startswith(SELF_PREFIX):
+            teachers[name] = self_teacher(student, recipe.student, config, name)
         else:
             teachers[name] = load_model(config, name, device)
         if teachers[name].model is not student.model:
@@ -195,26 +198,6 @@ def load_models(recipe: Recipe, device: torch.device, seed: int) -> tuple[Langua
     for lm in (student, *teachers.values()):
         lm.packs = lm.packs and recipe.train.packing
     return student, teachers
-
-
-def base_of(student: LanguageModel, own: ModelConfig, config: ModelConfig, name: str) -> LanguageModel:
-    """The teacher `student:base`: the student, made from the recipe's `own`, as it was before training; frozen.
-
-    With adapters it is the same modules with the adapters off. Without, it is a second copy; its dtype, attn and quantize
-    are the student's unless `config` says otherwise. Raises RecipeError for such a setting where nothing is loaded.
-    """
-    default = ModelConfig(path=BASE)
-    given = {key: getattr(config, key) for key in ("dtype", "attn", "quantize")}
-    given = {key: value for key, value in given.items() if value != getattr(default, key)}
-    if student.adapters is None:
-        chosen = {"path": own.path, "dtype": own.dtype, "attn": own.attn, "quantize": own.quantize} | given
-        return replace(load_model(config.model_copy(update=chosen), name, student.device), path=BASE)
-    for key, value in given.items():
-        if value != getattr(own, key):
-            raise RecipeError(f"teachers.{name}.{key} = {value} has no effect: {BASE} is the student's own weights with its "
-                              f"adapters off, and they are {getattr(own, key)}; remove it")  # fmt: skip
-    off = replace(student.adapters, on=False)
-    return replace(student, name=name, path=BASE, temperature=config.temperature, adapters=off)
 
 
 def _load(config: ModelConfig, name: str, path: str, base: str | None, device: torch.device) -> tuple[Any, Any]:

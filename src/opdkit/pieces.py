@@ -7,6 +7,7 @@ a string "VIEW.FIELD" whose braces name arguments of the function, so that a met
     distribution   the view has support TopK or Full
     candidates     the view has support TopK
     full           the view has support Full
+    top:K          the view records its own K most probable ids (every view does; any K)
     rollouts.reward, rollouts.correct   a verifier judges the rollouts
     rollouts.group                      at least two responses per prompt
 
@@ -48,7 +49,12 @@ class Piece:
         return _FUNCTIONS[self.name].call(step, **dict(self.args))
 
     def __repr__(self) -> str:
-        shown = [repr(value) if name == "parts" else f"{name}={value!r}" for name, value in self.args]
+        shown: list[str] = []
+        for name, value in self.args:
+            if self.name.startswith("_"):  # plus, times and scale take theirs in order, without names
+                shown += map(repr, value) if isinstance(value, tuple) else [repr(value)]
+            else:
+                shown.append(f"{name}={value!r}")
         return f"{self.name.lstrip('_')}({', '.join(shown)})"
 
     @property
@@ -102,6 +108,8 @@ def piece(
             return made
 
         make.__name__, make.__doc__ = name, function.__doc__
+        arguments = list(signature.parameters.values())[1:]
+        make.__signature__ = inspect.Signature(arguments, return_annotation=Piece)  # type: ignore[attr-defined]
         rank = (
             len(getattr(signature.return_annotation, "dims", ())) or None
         )  # jaxtyping's shape; a plain Tensor has none
@@ -119,6 +127,12 @@ def make_piece(name: str, arguments: dict[str, Any]) -> Piece:
         return _FUNCTIONS[name].make(**arguments)
     except TypeError as error:
         raise MethodError(f"piece {name}: {error}") from error
+
+
+def makers() -> dict[str, Callable[..., Piece]]:
+    """What makes a piece, by its name, of all modules that are imported; `plus`, `minus`, `times` and `scale` too."""
+    named = {name: function.make for name, function in _FUNCTIONS.items() if not name.startswith("_")}
+    return named | {"plus": plus, "minus": minus, "times": times, "scale": scale}
 
 
 def flat(of: Piece, name: str) -> None:

@@ -16,6 +16,11 @@ def register(*types: type) -> None:
     _TYPES.update({t.__name__: t for t in types})
 
 
+def registered() -> dict[str, type]:
+    """The dataclasses that serialised methods may hold, by their names, of all modules that are imported."""
+    return dict(_TYPES)
+
+
 for _module in (losses, sources, support):
     register(*(t for t in vars(_module).values() if dataclasses.is_dataclass(t) and isinstance(t, type)
                and t.__module__ == _module.__name__))  # fmt: skip

@@ -70,30 +70,41 @@ def support_gap(
     return (weight * (c.teacher - c.student)).masked_fill(~c.valid, 0.0)
 
 
-@piece("rollouts.reward", "rollouts.group")
+def _check_outcome(std: bool | str, eps: float, baseline: str) -> None:
+    if not isinstance(std, bool) and std != "population":
+        raise MethodError(f"outcome(std={std!r}): expected true, false or population")
+    if eps < 0:
+        raise MethodError(
+            f"outcome(eps={eps}): expected 0 or more; it is added to the standard deviation of the rewards"
+        )
+
+
+@piece("rollouts.reward", "rollouts.group", check=_check_outcome)
 def outcome(
     step: Step,
     *,
-    std: bool = True,
+    std: bool | Literal["population"] = True,
     eps: float = 1e-6,
     baseline: Literal["group_mean", "leave_one_out"] = "group_mean",
 ) -> Float[Tensor, " N"]:
-    """Group-relative outcome advantage: reward minus a baseline, over the group's standard deviation (unbiased, + eps)
-    unless `std` is off.
+    """Group-relative outcome advantage: reward minus a baseline, over (the group's standard deviation + eps) with `std`.
 
     group_mean: the mean of the prompt's group, GRPO's (2402.03300). leave_one_out: the mean of the other members, RLOO's
     (2402.14740); without `std` the expected gradient is then exact, while the group's own mean shrinks it by 1 - 1/G.
-    In a group of one there is nothing to compare with, and the advantage is 0 with either.
+    std: true divides the variance by G - 1, as TRL and verl do; "population" by G, which makes the advantages
+    sqrt(G / (G - 1)) times as large. In a group of one there is nothing to compare with: 0 with either baseline (verl keeps
+    the raw reward there). In float64, so that a group of equal rewards has exactly 0 and not rounding over eps.
     """
     assert step.reward is not None
-    layout = step.layout
-    size = layout.group_size().to(step.reward)
-    centred = step.reward - layout.group_mean(step.reward)
+    layout, reward = step.layout, step.reward.double()
+    size = layout.group_size().to(reward)
+    centred = reward - layout.group_mean(reward)
     others = size / (size - 1).clamp(min=1)
     advantage = centred * others if baseline == "leave_one_out" else centred
     if std:
-        advantage = advantage / ((layout.group_mean(centred.square()) * others).sqrt() + eps)
-    return layout.spread(advantage)
+        variance = layout.group_mean(centred.square())
+        advantage = advantage / ((variance if std == "population" else variance * others).sqrt() + eps)
+    return layout.spread(advantage).to(step.reward.dtype)
 
 
 def _check_discounted(of: Piece, gamma: float, future_only: bool, length_mean: bool) -> None:

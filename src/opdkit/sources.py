@@ -5,7 +5,46 @@ Every source has `share`, its part of the step's prompts; the shares of a method
 
 from dataclasses import dataclass
 
+from opdkit.errors import MethodError
+from opdkit.pieces import Piece, flat
 from opdkit.values import Value
+
+
+@dataclass(frozen=True, repr=False)
+class EarlyStop(Value):
+    """Sampling ends a response in which an event has happened `events` times, looked at after every `every`-th token.
+
+    `event` is a piece [N], 1 at an event and 0 elsewhere, that reads one view besides the student, token by token
+    (`opdkit.drift`). The view's model reads along while the student writes (`rollouts.early`), and its states are kept for
+    scoring, so it reads no token twice.
+    """
+
+    event: Piece
+    events: int
+    every: int = 64
+
+    def __post_init__(self) -> None:
+        flat(self.event, "EarlyStop")
+        if self.events < 1 or self.every < 1:
+            raise MethodError(
+                f"EarlyStop(events={self.events}, every={self.every}): expected at least 1 event and 1 token"
+            )
+        read = {need.split(".")[0] for need in self.needs()} - {"student"}
+        if len(read) != 1:
+            raise MethodError(f"{self}: its event reads {', '.join(sorted(read)) or 'no view'}; it must read one view besides "
+                              "the student")  # fmt: skip
+        for what in (need.split(".", 1)[1] for need in self.needs()):
+            if what != "sampled" and not what.startswith("top:"):
+                raise MethodError(f"{self}: its event reads the {what} of a view, which is not known while sampling; take an "
+                                  "event on sampled tokens and top lists")  # fmt: skip
+
+    def needs(self) -> tuple[str, ...]:
+        return tuple(need for _, need in self.event.needs)
+
+    @property
+    def view(self) -> str:
+        """The view that the event reads."""
+        return next(view for view in (need.split(".")[0] for need in self.needs()) if view != "student")
 
 
 @dataclass(frozen=True, repr=False)
@@ -20,6 +59,7 @@ class OnPolicy(Value):
     share: float = 1.0
     mixed_with: str | None = None
     mix: float = 0.0  # the teacher's share of the mixture, in [0, 1)
+    stop_early: EarlyStop | None = None
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.mix < 1.0 or (self.mix > 0) != (self.mixed_with is not None):

@@ -6,7 +6,7 @@ V vocabulary, D hidden. Log-probabilities are natural logs (nats).
 Left out on purpose: masks. A token that is not trained on (prompt, tool output, padding) is not on the axis.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
@@ -113,6 +113,8 @@ class Scores:
     top: Float[Tensor, "N Kt"] | None = None  # their log-probs
     candidates: Candidates | None = None  # teacher views with support TopK
     full: FullRows | None = None  # views with support Full, and the student where one of them has it
+    informed: Bool[Tensor, " N"] | None = None  # views with a context: whether it had anything to show for the rollout
+    bad: Bool[Tensor, " N"] | None = None  # the model gave no number (train.bad_scores: mask)
 
 
 @dataclass(frozen=True)
@@ -125,9 +127,18 @@ class Step:
     reward: Float[Tensor, " S"] | None = None
     correct: Bool[Tensor, " S"] | None = None
     domain: Int[Tensor, " S"] | None = None
+    dropped: Bool[Tensor, " S"] | None = None  # prepare steps left nothing: weight 0 in every term
     horizon: int = 0  # maximum response length in tokens, for the reductions that divide by it
     progress: float = 0.0  # share of the run that is done, in [0, 1]
     state: Mapping[str, Any] = field(default_factory=dict)  # read-only; made by updaters, saved by the checkpoint
+
+    def usable(self, views: Iterable[str]) -> Bool[Tensor, " N"] | None:
+        """The tokens on which all of these views gave numbers, of sequences that were not dropped; None = every token."""
+        bad = [self.views[name].bad for name in views if name in self.views]
+        if self.dropped is not None:
+            bad.append(self.dropped[self.layout.seq])
+        known = [b for b in bad if b is not None]
+        return ~torch.stack(known).any(0) if known else None
 
     def rows(self, index: Int[Tensor, " n"]) -> "Step":
         """The same step restricted to some tokens, for row-wise losses. Segment functions no longer apply to it."""

@@ -25,7 +25,7 @@ def grpo_opd(
     teacher: str = "teacher",
     how: Literal["signal", "terms"] = "signal",
     opd_coef: float = 1.0,
-    std: bool = True,
+    std: bool | Literal["population"] = True,
     eps: float = 1e-6,
     baseline: Literal["group_mean", "leave_one_out"] = "group_mean",
     low: float | None = 0.2,

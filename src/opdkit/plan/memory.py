@@ -60,7 +60,7 @@ class Model:
     bytes: int
     trained: int
     trained_bytes: int
-    shared: bool = False  # the student itself with its adapters off
+    shared: bool = False  # the student itself, as it is or with its adapters off
     packs: bool = False  # whether it reads packed rows where the run takes place
 
     @property

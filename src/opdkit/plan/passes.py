@@ -134,15 +134,17 @@ def sampling_flops(job: Job) -> float:
 
 
 def scoring_flops(job: Job, depths: Depths = WHOLE) -> float:
-    """Every view reads every source's texts; the student where a source did not record what it is asked for."""
+    """Every view reads every source's texts, with as large a part for each of its teachers where it has one a domain; the
+    student where a source did not record what it is asked for."""
     total = 0.0
     for name, source in job.method.rollouts.items():
         texts = job.texts(name)
         student = job.method.reads_student(name) and not isinstance(source, OnPolicy)
         own = [job.student] if student or job.recipe.sampling.rescore else []
-        for model in [*own, *(job.teachers[v.model] for v in job.method.views.values())]:
+        asked = [(job.teachers[m], 1 / len(v.models)) for v in job.method.views.values() for m in v.models]
+        for model, share in [*((student, 1.0) for student in own), *asked]:
             p, cut = products(model, depths), passes(model, texts, job.recipe.train.score_tokens)
-            total += p.forward(cut) + p.logits * sum(c.trained for c in cut)
+            total += share * (p.forward(cut) + p.logits * sum(c.trained for c in cut))
     return total
 
 
@@ -151,8 +153,9 @@ def updating_flops(job: Job, depths: Depths = WHOLE) -> float:
     t, p = job.recipe.train, products(job.student, depths)
     cut = [c for texts in job.update_texts() for c in passes(job.student, texts, t.microbatch_tokens)]
     read = {term.loss.teacher for term in job.method.terms}
-    again = [job.teachers[v.model] for n, v in job.method.views.items() if n in read and isinstance(v.support, Full)]
-    logits = sum(Products.of(m).logits for m in again) * sum(c.trained for c in cut)
+    again = [v.models for n, v in job.method.views.items() if n in read and isinstance(v.support, Full)]
+    each = [Products.of(job.teachers[m]).logits / len(models) for models in again for m in models]
+    logits = sum(each) * sum(c.trained for c in cut)
     return t.minibatches * t.epochs * (p.learning(cut, t.gradient_checkpointing) + logits)
 
 

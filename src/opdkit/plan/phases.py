@@ -123,7 +123,7 @@ def _decoding(job: Job, models: list[Model], rows: int, group: int, lengths: Len
 
 
 def _score(job: Job) -> tuple[Part, ...]:
-    asked = [(job.teachers[v.model], isinstance(v.support, Full)) for v in job.method.views.values()]
+    asked = [(job.teachers[m], isinstance(v.support, Full)) for v in job.method.views.values() for m in v.models]
     if job.recipe.sampling.rescore or any(
         job.method.reads_student(name) and not isinstance(source, OnPolicy)
         for name, source in job.method.rollouts.items()
@@ -180,7 +180,7 @@ def _kept(job: Job) -> tuple[Part, ...]:
             k = view.support.k * (2 if view.support.of in ("union", "difference") else 1)
             views += 17 * k + 8  # ids, which of them count, both sides' log-probs, tails
         elif isinstance(view.support, Full):
-            views += job.rehearsal(job.teachers[view.model]).hidden_size()
+            views += max(job.rehearsal(job.teachers[model]).hidden_size() for model in view.models)
     return (
         Part("records and the student's view", 2 * n * record if sampled else 0, "train.prompts_per_step"),
         Part("the teachers' views", n * views, "train.prompts_per_step"),

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 from opdkit.config import LoraConfig
-from opdkit.lora import attach
+from opdkit.lora import BASE, attach
+from opdkit.method import Method
 from opdkit.models import LanguageModel, checkpoint_activations
 from opdkit.packing import enable
 from opdkit.plan.architectures import Architecture, build, linear_layers, shallow
@@ -96,8 +97,10 @@ def pilot(job: Job, free: int) -> Pilot | None:
             teachers[name].temperature = config.temperature
             teachers[name].model.requires_grad_(False)
         else:
-            assert student.adapters is not None
-            teachers[name] = replace(student, name=name, adapters=replace(student.adapters, on=False))
+            teachers[name] = replace(student, name=name)
+            if config.path == BASE:
+                assert student.adapters is not None
+                teachers[name].adapters = replace(student.adapters, on=False)
             teachers[name]._vocab = student.vocab  # else read from a tokenizer that may not be here
     depths |= {name: depths["student"] for name in teachers if name not in depths}
     parts = {name: depth / job.models[name].architecture.layers for name, depth in depths.items()}
@@ -111,7 +114,12 @@ def _setup(job: Job, student: LanguageModel, teachers: dict[str, LanguageModel])
     recipe = job.recipe.model_copy(update={"teachers": read})
     none = EncodedProblems((), student.tokenizer, recipe.task, student.context_length, 1)
     task = Task("pilot", (PROBLEM,), (PROBLEM,))
-    return Setup(recipe, job.method, student, teachers, task, none, none, Processes(0, 1, student.device))
+    return Setup(recipe, _unrouted(job.method), student, teachers, task, none, none, Processes(0, 1, student.device))
+
+
+def _unrouted(method: Method) -> Method:
+    """The method with one teacher, the first, in views that have one for each domain: made-up texts have no domain."""
+    return replace(method, views={name: replace(view, model=view.models[0]) for name, view in method.views.items()})
 
 
 def _depth(model: Model, free: int) -> int:

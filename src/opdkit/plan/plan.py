@@ -8,7 +8,7 @@ import torch
 from opdkit.catalogue import build_method
 from opdkit.config import ModelConfig, Recipe
 from opdkit.errors import RecipeError
-from opdkit.lora import BASE, attach, check_lora
+from opdkit.lora import EMA, LIVE, SELF, attach, check_lora
 from opdkit.method import Method
 from opdkit.models import LanguageModel, check_same_vocabulary
 from opdkit.plan.architectures import Architecture, find_architecture, meta_model, parameter_bytes
@@ -158,11 +158,14 @@ def _model(settings: ModelConfig, name: str, recipe: Recipe | None) -> Model:
 
 
 def _teacher(settings: ModelConfig, name: str, student: Model, recipe: Recipe) -> Model:
-    """A teacher of its own, or the student before training: its modules with the adapters off, or a second copy."""
-    if settings.path != BASE:
+    """A teacher of its own, or one that is the student: its modules with or without the adapters, or a second copy."""
+    if settings.path not in SELF:
         return _model(settings, name, None)
     own = student.architecture
     base = Architecture(name, own.settings, own.source, own.config, own.tokenizer)
+    if settings.path == LIVE or (settings.path == EMA and recipe.lora is not None):
+        now = replace(base, settings=own.settings.model_copy(update={"path": settings.path}))
+        return Model(now, student.meta, student.parameters, 0, 0, 0, shared=True)
     if recipe.lora is None:
         return Model(base, student.meta, student.parameters, student.bytes, 0, 0)
     return Model(base, student.meta, student.parameters - student.trained, 0, 0, 0, shared=True)
@@ -199,7 +202,8 @@ def _prompts(recipe: Recipe, counts: Counts, models: dict[str, LanguageModel]) -
 
 def _notes(job: Job, context: int) -> list[str]:
     r, text, data = job.recipe, job.student.architecture.text, job.counts.data
-    notes = []
+    notes = [f"view '{name}' is planned with the student's prompts: what its context adds is not counted"
+             for name, view in job.method.views.items() if view.context != "own"]  # fmt: skip
     new = r.sampling.max_new_tokens
     if r.task.max_prompt_tokens + new > context and not data.encoded:
         notes.append(f"prompts over {context - new} tokens will be refused: with max_new_tokens = {new} they do not fit the "

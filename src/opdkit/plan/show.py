@@ -4,6 +4,7 @@ import json
 from dataclasses import asdict
 
 from opdkit.config import Recipe
+from opdkit.lora import EMA, LIVE
 from opdkit.plan.advice import advise, in_bytes
 from opdkit.plan.hints import hints
 from opdkit.plan.memory import Model, Part
@@ -50,7 +51,9 @@ def _model_line(name: str, model: Model) -> str:
     a = model.architecture
     adapters = f", {model.trained:,} of them trained (LoRA)" if 0 < model.trained < model.parameters else ""
     quantized = "" if a.settings.quantize == "none" else f", {a.settings.quantize}"
-    where = "the student without its adapters" if model.shared else f"{a.settings.path} ({a.source})"
+    where = f"{a.settings.path} ({a.source})"
+    if model.shared:
+        where = "the student itself" if a.settings.path in (LIVE, EMA) else "the student without its adapters"
     return (
         f"{name}: {where}, {model.parameters:,} parameters{adapters}, {a.settings.dtype}{quantized}, "
         f"{a.vocab:,} token ids, context {a.context:,}"

@@ -84,15 +84,16 @@ class Stopwatch:
         setup = replace(self.pilot.setup, recipe=part.recipe)
         made = {name: self.pilot.rollouts(part.texts(name), name, job) for name in part.counts.rollouts}
         rollouts = {name: r for name, r in made.items() if r}
-        state = {hook.name: hook.init() for hook in job.method.after_update}
+        state = job.method.initial_state()
 
         def score() -> Any:
             steps = {name: loop.make_step(setup, name, r, 1, state) for name, r in rollouts.items()}
+            steps, _ = loop.control(setup, steps, state)
             return steps, streams(job.method, steps)
 
         scoring, (steps, found) = timed(score)
         updating, _ = timed(lambda: loop.update(setup, self.pilot.optimiser, rollouts, steps, found, 1))
-        other, _ = timed(lambda: loop.measure(setup, rollouts, steps))
+        other, _ = timed(lambda: loop.measure(setup, rollouts, steps, state))
         flops = scoring_flops(part, self.pilot.depths)
         return {
             "seconds": {"score": scoring, "update": updating, "other": other},

@@ -13,7 +13,8 @@ from opdkit.tasks.problem import Task
 def verify_rollouts(task: Task, rollouts: list[Rollout]) -> list[Rollout]:
     """Set reward and correct of every rollout from its text; without a verifier they stay as they are.
 
-    Raises DataError naming the verifier and the problem when the verifier raises.
+    A verifier that raises is a DataError naming it and the problem; with task.verifier_errors `incorrect` the rollout gets
+    reward 0, counts as incorrect and is marked `unjudged`. The engine's own errors are raised in any case.
     """
     return [_verified(task, rollout) for rollout in rollouts]
 
@@ -21,16 +22,19 @@ def verify_rollouts(task: Task, rollouts: list[Rollout]) -> list[Rollout]:
 def _verified(task: Task, rollout: Rollout) -> Rollout:
     if task.verify is None:
         return rollout
+    text = rollout.text if rollout.final is None else rollout.final  # what a tool wrote is not the model's answer
     try:
-        verdict = task.verify(rollout.problem, rollout.text)
+        verdict = task.verify(rollout.problem, text)
     except OpdkitError:
         raise
     except (
         Exception
     ) as error:  # a verifier is the user's code: it may raise anything, and the problem id helps to find it
+        if task.config.verifier_errors == "incorrect":
+            return replace(rollout, reward=0.0, correct=False, unjudged=True)
         name = getattr(task.verify, "__qualname__", type(task.verify).__qualname__)  # a callable object has no name
         raise DataError(
             f"verifier {name} of task '{task.name}' failed on problem {rollout.problem.id}: "
-            f"{type(error).__name__}: {error}; response: {rollout.text[:80]!r}"
+            f"{type(error).__name__}: {error}; response: {text[:80]!r}"
         ) from error
-    return replace(rollout, reward=verdict.reward, correct=verdict.correct)
+    return replace(rollout, reward=verdict.reward, correct=verdict.correct, feedback=verdict.feedback)

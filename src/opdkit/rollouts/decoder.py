@@ -78,7 +78,19 @@ class Decoder:
             self.hidden = self._forward(tokens[:, None], self.positions[:, None])
         self.positions = self.positions + 1
 
+    def read(self, tokens: Int[Tensor, "r n"]) -> Float[Tensor, "r n H"]:
+        """Feed several tokens to every row: the states behind each of them. For a decoder without a body."""
+        assert self.body is None
+        n = tokens.shape[1]
+        self.seen += n
+        states = self._states(tokens, self.positions[:, None] + torch.arange(n, device=tokens.device))
+        self.positions = self.positions + n
+        return self.lm.extend(states)
+
     def _forward(self, ids: Int[Tensor, "r n"], positions: Int[Tensor, "s n"]) -> Float[Tensor, "r H"]:
+        return self.lm.extend(self._states(ids, positions)[:, -1])
+
+    def _states(self, ids: Int[Tensor, "r n"], positions: Int[Tensor, "s n"]) -> Float[Tensor, "r n D"]:
         output = self.lm.run(
             input_ids=ids,
             attention_mask=None if self.mask is None else self.mask[:, : self.seen],
@@ -91,7 +103,8 @@ class Decoder:
                 f"{self.lm.name} ({self.lm.path}, {type(self.lm.model).__name__}) does not use the transformers "
                 "key-value cache, so responses cannot be sampled from it; use a model with attention layers"
             )
-        return self.lm.extend(output.last_hidden_state[:, -1])
+        states: Tensor = output.last_hidden_state
+        return states
 
 
 def compaction(done: Bool[Tensor, " r"]) -> Int[Tensor, " k"]:

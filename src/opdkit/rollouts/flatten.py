@@ -5,6 +5,7 @@ from itertools import groupby
 from typing import Any
 
 import torch
+from jaxtyping import Bool
 from torch import Tensor
 
 from opdkit.errors import DataError
@@ -33,7 +34,7 @@ def flatten(
         raise DataError("none of the step's rollouts has a trained token; check the responses of the data set")
     group = _renumber([r.group for r in rollouts])
     layout = Layout(*(torch.tensor(x, dtype=torch.long, device=device) for x in (seq, turn, group)))
-    known = all(r.reward is not None for r in rollouts)
+    known, dropped = all(r.reward is not None for r in rollouts), [r.dropped for r in rollouts]
     return Step(
         layout=layout,
         tokens=torch.tensor(tokens, dtype=torch.long, device=device),
@@ -41,10 +42,16 @@ def flatten(
         reward=torch.tensor([float(r.reward or 0.0) for r in rollouts], device=device) if known else None,
         correct=torch.tensor([bool(r.correct) for r in rollouts], device=device) if known else None,
         domain=torch.tensor([domains.index(r.problem.domain) for r in rollouts], device=device) if domains else None,
+        dropped=torch.tensor(dropped, device=device) if any(dropped) else None,
         horizon=horizon,
         progress=progress,
         state=state or {},
     )
+
+
+def flags(of_each: Sequence[bool], step: Step) -> Bool[Tensor, " N"]:
+    """Give every token of a step the flag of its rollout."""
+    return torch.tensor(of_each, device=step.tokens.device)[step.layout.seq]
 
 
 def captured(rollouts: Sequence[Rollout], head: Head | None) -> dict[str, Scores]:

@@ -27,7 +27,7 @@ class ReplayBuffer:
 
     def add(self, rollouts: Sequence[Rollout]) -> None:
         """Keep rollouts, without their captures; the oldest ones leave."""
-        self.kept.extend(replace(r, capture=None) for r in rollouts)
+        self.kept.extend(replace(r, capture=None, states={}) for r in rollouts)
 
     def draw(self, n: int, seed: int) -> list[Rollout]:
         """n different rollouts, by the seed alone; none at all where fewer than n are kept."""
@@ -54,8 +54,8 @@ class ReplayBuffer:
         return buffer
 
 
-PLAIN = ("text", "group", "finish", "source", "version", "reward", "correct")
-LISTS = ("prompt_ids", "response_ids", "trained", "turns")
+PLAIN = ("text", "final", "group", "finish", "source", "version", "reward", "correct", "feedback")
+LISTS = ("prompt_ids", "response_ids", "trained", "turns", "calls")
 
 
 def _to_json(rollout: Rollout) -> dict[str, Any]:

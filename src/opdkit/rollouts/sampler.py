@@ -11,11 +11,12 @@ own cache, and tokens are drawn from both. Left out: samplers in other processes
 
 import hashlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from opdkit.errors import DataError, ModelError, NonFiniteError, RecipeError
@@ -24,6 +25,8 @@ from opdkit.models import LanguageModel
 from opdkit.rollouts.body import Body, make_body
 from opdkit.rollouts.decoder import Decoder, compaction
 from opdkit.rollouts.draw import Cut, Other, draw
+from opdkit.rollouts.early import Reader, Watch
+from opdkit.rollouts.recorder import Recorder
 from opdkit.rollouts.rollout import Capture
 from opdkit.rollouts.stopping import StopStrings
 
@@ -69,32 +72,51 @@ class Mixture:
 
 
 @dataclass(frozen=True)
+class Place:
+    """Where sampling goes on in a response that is partly there (`rollouts.segments`)."""
+
+    response: int = 0  # which of its prompt's responses
+    start: int = 0  # response tokens that the prompt given here ends with
+    limit: int = 0  # tokens to add at most
+    turn: tuple[int, ...] = ()  # the newest of these tokens, in which a stop string may have begun
+
+
+@dataclass(frozen=True)
 class Sample:
     """One sampled response."""
 
     ids: tuple[int, ...]
-    finish: str  # "stop", "stop_string" or "length"
+    finish: str  # "stop", "stop_string", "length" or "drift"
     text: str
     capture: Capture
+    states: Float[Tensor, "T H"] | None = None  # those of the model that read along
 
 
 def sample(
     lm: LanguageModel, prompts: Sequence[Sequence[int]], how: Sampling, seed: int, keep: Keep | None = None,
-    keys: Sequence[str] | None = None, mixture: Mixture | None = None,
+    keys: Sequence[str] | None = None, mixture: Mixture | None = None, places: Sequence[Place] | None = None,
+    watch: Watch | None = None,
 ) -> list[list[Sample]]:  # fmt: skip
     """Sample `how.group` responses to every prompt. Returns one list of samples per prompt, in the order given.
 
-    `keys` are the prompts' random-number keys where they are part of a longer list (`prompt_keys`). Deterministic in
-    (weights, prompts, how, seed or keys); torch's global random state is neither read nor changed. Raises
+    `keys` are the prompts' random-number keys where they are part of a longer list (`prompt_keys`). With `places`, every
+    prompt ends with the beginning of one response (a group of 1), which goes on from there. A `watch`
+    may end responses. Deterministic in (weights, prompts, how, seed or keys); torch's global random state is neither
+    read nor changed. Raises
     RecipeError for settings that cannot work with this model, ModelError for a mixture of two vocabularies, DataError
     for a prompt that is empty or leaves no room for `max_new_tokens`, and NonFiniteError when a model returns NaN.
     """
     keep = keep or Keep()
-    _check(lm, prompts, how, keep)
+    going_on = places or [Place(limit=how.max_new_tokens)] * len(prompts)
+    limits = [place.limit for place in going_on]
+    _check(lm, prompts, limits, how, keep)
     readers = [(lm, prompts)]
     if mixture is not None:
         readers.append((mixture.teacher, prompts if mixture.prompts is None else mixture.prompts))
-        _check_mixture(lm, mixture, readers[1][1], how)
+        _check_mixture(lm, mixture, readers[1][1], limits)
+    if watch is not None:
+        _check_room(watch.lm, watch.prompts, limits)
+    given_prompts = [theirs for _, theirs in readers] + ([] if watch is None else [watch.prompts])
     keys = keys or prompt_keys(prompts, seed)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # similar lengths: little padding
     rows = [(i, j) for i in order for j in range(how.group)]
@@ -103,18 +125,24 @@ def sample(
     found: dict[tuple[int, int], Sample] = {}
     for start in range(0, len(rows), size):
         wave = rows[start : start + size]
-        chosen = list(dict.fromkeys(i for i, _ in wave))
-        place = {i: n for n, i in enumerate(chosen)}
-        uniform = torch.stack([noise(keys[i], j, how.max_new_tokens) for i, j in wave])
-        work = _Wave([place[i] for i, _ in wave], uniform, how, keep, 0.0 if mixture is None else mixture.share)
+        first: dict[tuple[tuple[int, ...], ...], int] = {}  # equal prompts are read once
+        alike = [first.setdefault(tuple(tuple(theirs[i]) for theirs in given_prompts), i) for i, _ in wave]
+        chosen = list(dict.fromkeys(alike))
+        owner = [chosen.index(i) for i in alike]
+        uniform = torch.stack([_numbers(keys[i], j, going_on[i], how.max_new_tokens) for i, j in wave])
+        share, its = 0.0 if mixture is None else mixture.share, [going_on[i] for i, _ in wave]
+        work = _Wave(owner, uniform, its, how, keep, share)
         given = zip(readers, bodies, strict=True)
-        samples = work.run([(model, [theirs[i] for i in chosen], body) for (model, theirs), body in given])
+        follow = None if watch is None else partial(watch.begin, chosen, torch.tensor(owner), how.max_new_tokens)
+        samples = work.run([(model, [theirs[i] for i in chosen], body) for (model, theirs), body in given], follow)
         found |= zip(wave, samples, strict=True)
     torch.clear_autocast_cache()  # weights that were cast without autograd must not serve a forward pass with it
     return [[found[i, j] for j in range(how.group)] for i in range(len(prompts))]
 
 
-def _check(lm: LanguageModel, prompts: Sequence[Sequence[int]], how: Sampling, keep: Keep) -> None:
+def _check(
+    lm: LanguageModel, prompts: Sequence[Sequence[int]], limits: Sequence[int], how: Sampling, keep: Keep
+) -> None:
     vocab = lm.head().size
     if (most := max(keep.top_k, how.top_k)) > vocab:
         raise RecipeError(f"top-k of {most} exceeds the vocabulary of {vocab} ids; ask for at most that many")
@@ -126,27 +154,29 @@ def _check(lm: LanguageModel, prompts: Sequence[Sequence[int]], how: Sampling, k
             f"none of the EOS ids {list(eos)} is among the {vocab} ids of the vocabulary, so no response could end; "
             "set sampling.eos_ids"
         )
-    _check_room(lm, prompts, how)
+    _check_room(lm, prompts, limits)
 
 
-def _check_room(lm: LanguageModel, prompts: Sequence[Sequence[int]], how: Sampling) -> None:
-    room = lm.context_length - how.max_new_tokens
-    for i, prompt in enumerate(prompts):
+def _check_room(lm: LanguageModel, prompts: Sequence[Sequence[int]], limits: Sequence[int]) -> None:
+    for i, (prompt, limit) in enumerate(zip(prompts, limits, strict=True)):
+        room = lm.context_length - limit
         if not 0 < len(prompt) <= room:
             raise DataError(
                 f"prompt {i} has {len(prompt)} tokens as {lm.name} reads it; expected 1 to {room}, the context of "
-                f"{lm.context_length} less max_new_tokens = {how.max_new_tokens}"
+                f"{lm.context_length} less max_new_tokens = {limit}"
             )
 
 
-def _check_mixture(lm: LanguageModel, mixture: Mixture, prompts: Sequence[Sequence[int]], how: Sampling) -> None:
+def _check_mixture(
+    lm: LanguageModel, mixture: Mixture, prompts: Sequence[Sequence[int]], limits: Sequence[int]
+) -> None:
     ours, theirs = lm.head().size, mixture.teacher.head().size
     if ours != theirs:
         raise ModelError(
             f"{lm.name} has {ours} token ids and {mixture.teacher.name} {theirs}: their distributions cannot be mixed; "
             "use a teacher with the student's vocabulary, or sample without one"
         )
-    _check_room(mixture.teacher, prompts, how)
+    _check_room(mixture.teacher, prompts, limits)
 
 
 def prompt_keys(prompts: Sequence[Sequence[int]], seed: int) -> list[str]:
@@ -166,20 +196,29 @@ def noise(key: str, response: int, length: int) -> Float[Tensor, " T"]:
     return torch.rand(length, generator=generator, dtype=torch.float64)
 
 
+def _numbers(key: str, response: int, place: Place, length: int) -> Float[Tensor, " T"]:
+    """The uniform numbers with which a response goes on: what comes later does not depend on where it was cut."""
+    return noise(key, response + place.response, place.start + length)[place.start :]
+
+
 @dataclass(frozen=True)
 class _Wave:
     """Rows that start together; row i answers prompt owner[i]."""
 
     owner: Sequence[int]
     uniform: Float[Tensor, "R T"]
+    places: Sequence[Place]
     how: Sampling
     keep: Keep
     share: float  # of the second reader, where there is one
 
-    def run(self, readers: Sequence[tuple[LanguageModel, Sequence[Sequence[int]], Body | None]]) -> list[Sample]:
+    def run(
+        self, readers: Sequence[tuple[LanguageModel, Sequence[Sequence[int]], Body | None]],
+        follow: Callable[[], Reader] | None = None,
+    ) -> list[Sample]:  # fmt: skip
         """Sample with the first model, mixed with the second if there is one; each has its prompts and its body."""
         lm, how = readers[0][0], self.how
-        record, stopping = _Recorder(), StopStrings(lm.tokenizer, how.stop)
+        record, stopping = Recorder(), StopStrings(lm.tokenizer, how.stop, [place.turn for place in self.places])
         # Without autograd's bookkeeping: 5 to 10 % of a small model's time. The record is put together outside of it,
         # because tensors of inference mode may not take part in a backward pass. Under autocast it would cost more than
         # it saves: there it makes autocast forget the cast weights, so that every token casts all of them anew.
@@ -189,14 +228,16 @@ class _Wave:
                 Decoder(model, prompts, torch.tensor(self.owner, device=model.device), how.max_new_tokens, body)
                 for model, prompts, body in readers
             ]
-            ended = self._decode(decoders, stopping, record)
-        samples = []
+            reader = follow() if follow is not None else None
+            ended = self._decode(decoders, stopping, record, reader)
+        samples, states = [], reader.states() if reader is not None else [None] * len(self.owner)
+        drifted = reader.stopped if reader is not None else set()
         for i, (tokens, *recorded) in enumerate(record.per_row(len(self.owner))):
             ids = tokens.tolist()
             text = stopping.texts.get(i)
-            finish = "stop" if i in ended else "length" if text is None else "stop_string"
+            finish = "stop" if i in ended else "drift" if i in drifted else "length" if text is None else "stop_string"
             text = lm.tokenizer.decode(ids, skip_special_tokens=True) if text is None else text
-            samples.append(Sample(tuple(ids), finish, text, Capture(*recorded)))
+            samples.append(Sample(tuple(ids), finish, text, Capture(*recorded), states[i]))
         for at, (model, *_) in enumerate(readers):  # a mixture is not finite when either model is not
             recorded = [s.capture.behaviour if at else s.capture.logp for s in samples]
             if not all(bool(torch.isfinite(numbers).all()) for numbers in recorded):
@@ -206,7 +247,9 @@ class _Wave:
                 )
         return samples
 
-    def _decode(self, decoders: Sequence[Decoder], stopping: StopStrings, record: "_Recorder") -> set[int]:
+    def _decode(
+        self, decoders: Sequence[Decoder], stopping: StopStrings, record: Recorder, reader: Reader | None
+    ) -> set[int]:
         """Draw token after token until every row is done. Returns the rows that an EOS token ended."""
         how, first, lm = self.how, decoders[0], decoders[0].lm
         head = cast(lm.head()).at(how.temperature or 1.0)
@@ -216,6 +259,8 @@ class _Wave:
         is_eos = torch.zeros(head.size, dtype=torch.bool, device=lm.device)
         is_eos[[i for i in how.eos_ids or lm.eos_ids if i < head.size]] = True
         ended: set[int] = set()
+        limits = torch.tensor([place.limit for place in self.places], device=lm.device)
+        uneven = bool((limits != limits[0]).any())
         cut = Cut(how.top_p, how.top_k, how.temperature == 0, self.keep.top_k)
         for t in range(how.max_new_tokens):
             others = [Other(h, d.hidden, self.share) for h, d in zip(heads, decoders[1:], strict=True)]
@@ -226,7 +271,12 @@ class _Wave:
             ended.update(live[done].tolist())
             if how.stop:
                 done |= stopping.completed(live, tokens, done)
-            if t + 1 == how.max_new_tokens or bool(done.all()):
+            if uneven:
+                done |= limits[live] <= t + 1
+            last = t + 1 == how.max_new_tokens or bool(done.all())
+            if reader is not None and (last or (t + 1) % reader.every == 0):
+                done |= reader.look(record.newest(t % reader.every + 1), live, done | last)
+            if last or bool(done.all()):
                 break
             order = compaction(done) if bool(done.any()) else None
             if order is not None:
@@ -246,19 +296,3 @@ def cast(head: Head) -> Head:
     dtype = torch.get_autocast_dtype(kind)
     low = head.low_rank
     return replace(head, weight=head.weight.to(dtype), low_rank=None if low is None else low.to(dtype))
-
-
-class _Recorder:
-    """Collects the rows of every decoding step and hands them back per sequence."""
-
-    def __init__(self) -> None:
-        self.steps: list[tuple[Tensor, ...]] = []
-
-    def add(self, rows: Int[Tensor, " r"], *values: Tensor) -> None:
-        self.steps.append((rows, *values))
-
-    def per_row(self, count: int) -> list[tuple[Tensor, ...]]:
-        rows, *values = (torch.cat(column) for column in zip(*self.steps, strict=True))
-        order = torch.argsort(rows, stable=True)  # steps are in time order, so positions stay in order
-        lengths = torch.bincount(rows, minlength=count).tolist()
-        return list(zip(*(value[order].split(lengths) for value in values), strict=True))

@@ -1,15 +1,18 @@
 """Where rollouts come from: the student's own samples, a teacher's, the replay buffer, or the data set's responses.
 
-Left out: the buffer itself, which belongs to the run (`rollouts.replay`), and rollouts with tools.
+Left out: the buffer itself, which belongs to the run (`rollouts.replay`).
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+from opdkit.method import View
 from opdkit.models import LanguageModel
+from opdkit.rollouts.early import Watch
 from opdkit.rollouts.responses import ResponseStore, open_store, respond
 from opdkit.rollouts.rollout import Rollout
-from opdkit.rollouts.sampler import Keep, Mixture, Sampling, sample
+from opdkit.rollouts.sampler import Keep, Mixture, Sampling, prompt_keys, sample
+from opdkit.rollouts.tools import ToolUse
 from opdkit.sources import Dataset, OnPolicy, Source, TeacherSamples
 from opdkit.tasks.problem import Problem, Task
 from opdkit.tasks.turns import dataset_rollouts
@@ -20,15 +23,21 @@ Read = Callable[[LanguageModel, list[Rollout]], list[Rollout]]  # the rollouts w
 
 def on_policy(
     lm: LanguageModel, prompts: Prompts, how: Sampling, seed: int, keep: Keep | None = None, version: int = 0,
-    keys: Sequence[str] | None = None, mixture: Mixture | None = None,
+    keys: Sequence[str] | None = None, mixture: Mixture | None = None, watch: Watch | None = None,
+    tools: ToolUse | None = None,
 ) -> list[Rollout]:  # fmt: skip
-    """Sampled responses, the group of one prompt side by side."""
-    groups = sample(lm, [ids for _, ids in prompts], how, seed, keep, keys, mixture)
+    """Sampled responses, the group of one prompt side by side; with `tools`, what these answer stands in between."""
+    if tools is not None:
+        keys = keys or prompt_keys([ids for _, ids in prompts], seed)
+        return tools.respond(lm, prompts, how, keys, keep, mixture, version)
+    groups = sample(lm, [ids for _, ids in prompts], how, seed, keep, keys, mixture, watch=watch)
+    seen = "" if watch is None else watch.rule.view
     return [
-        Rollout(problem, ids, s.ids, s.text, group, s.finish, version=version, capture=s.capture)
+        Rollout(problem, ids, s.ids, s.text, group, s.finish, version=version, capture=s.capture,
+                states={} if s.states is None else {seen: s.states})
         for group, ((problem, ids), samples) in enumerate(zip(prompts, groups, strict=True))
         for s in samples
-    ]
+    ]  # fmt: skip
 
 
 def from_dataset(lm: LanguageModel, task: Task, prompts: Prompts, how: Sampling) -> list[Rollout]:
@@ -65,12 +74,14 @@ class Request:
     """What one step asks of one source: its prompts with their random-number keys.
 
     `replayed` answers a Replay source: `how.group` rollouts for each prompt; empty = the student samples afresh.
+    `limit` is the most tokens of a response that the student samples; None = as in training.
     """
 
     source: Source
     prompts: Prompts
     keys: Sequence[str]
     replayed: Sequence[Rollout] = ()
+    limit: int | None = None
 
 
 @dataclass(frozen=True)
@@ -85,6 +96,9 @@ class Supply:
     seed: int  # the run's: a teacher's responses do not depend on the step
     read: Read = lambda lm, rollouts: rollouts
     stores: dict[TeacherSamples, ResponseStore] = field(default_factory=dict)  # opened when first asked for
+    views: Mapping[str, View] = field(default_factory=dict)  # the method's: whose models may read along
+    top_list: int = 0  # ids of their own top lists that the method compares
+    tools: ToolUse | None = None  # that the student calls
 
     def roll_out(self, requests: Mapping[str, Request], version: int) -> dict[str, list[Rollout]]:
         """Rollouts of every source; groups are numbered through, so that no two sources share one.
@@ -110,7 +124,18 @@ class Supply:
         if isinstance(source, OnPolicy) and source.mixed_with is not None:
             teacher = self.teachers[source.mixed_with]
             mixture = Mixture(teacher, source.mix, self.prompts_of(teacher, prompts))
-        return on_policy(self.student, prompts, self.how, 0, self.keep, version, request.keys, mixture)
+        how = self.how if request.limit is None else replace(self.how, max_new_tokens=request.limit)
+        watch = self._watch(source, prompts)
+        return on_policy(self.student, prompts, how, 0, self.keep, version, request.keys, mixture, watch, self.tools)
+
+    def _watch(self, source: Source, prompts: Prompts) -> Watch | None:
+        """The teacher that reads along and may end responses, where the source has one."""
+        if not isinstance(source, OnPolicy) or source.stop_early is None:
+            return None
+        name = self.views[source.stop_early.view].model
+        assert isinstance(name, str)  # the method was checked
+        teacher = self.teachers[name]
+        return Watch(teacher, self.prompts_of(teacher, prompts), source.stop_early, self.top_list)
 
     def prompts_of(self, lm: LanguageModel, prompts: Prompts) -> list[tuple[int, ...]]:
         """The prompts as a model reads them."""

@@ -19,14 +19,15 @@ MARGIN = 8  # tokens: the first ones of a window may decode differently (a half 
 class StopStrings:
     """Follows the responses of one batch. `texts` holds the cut text of every row that a stop string has ended."""
 
-    def __init__(self, tokenizer: Any, stop: Sequence[str]) -> None:
+    def __init__(self, tokenizer: Any, stop: Sequence[str], begun: Sequence[Sequence[int]] = ()) -> None:
+        """`begun`: the tokens of each row's response that are there already."""
         self.tokenizer, self.stop = tokenizer, tuple(stop)
         self.window = (
             max((len(s.encode()) for s in stop), default=0) + MARGIN
         )  # a token that is not special holds a byte or more
         self.special = set(tokenizer.all_special_ids)
         self.suspects: dict[int, bool] = {}  # token id -> may it complete a stop string?
-        self.ids: dict[int, list[int]] = {}  # row -> its tokens that are not special
+        self.ids = {row: [i for i in ids if i not in self.special] for row, ids in enumerate(begun) if stop}
         self.texts: dict[int, str] = {}
 
     def completed(

@@ -1,6 +1,7 @@
-"""What a teacher reads before the response: the student's prompt, or the same problem through its own chat template.
+"""What a teacher reads before the response: the student's prompt, the same problem through its own chat template, or a
+problem that a context (`opdkit.contexts`) has rewritten, through either template.
 
-Left out: contexts that hold more than the prompt (a solution, feedback, an image).
+Left out: images.
 """
 
 import difflib
@@ -9,6 +10,7 @@ from dataclasses import replace
 from typing import Any, Literal
 
 from opdkit.config import ModelConfig, TaskConfig
+from opdkit.contexts import Context, Material
 from opdkit.errors import DataError, RecipeError
 from opdkit.models import LanguageModel
 from opdkit.rollouts.rollout import Rollout
@@ -24,30 +26,70 @@ def reread(
     template_args: Mapping[str, Any],
     rollouts: Sequence[Rollout],
     task: TaskConfig,
+    told: Sequence[Problem | None] | None = None,
+    tokenizer: Any = None,
 ) -> list[Rollout]:
     """The same rollouts with the prompt as teacher `lm` reads it; the response's ids do not change.
 
-    `student` is the prompt that the student read. Raises DataError for a prompt that is over task.max_prompt_tokens or
-    leaves no room in the teacher's context, RecipeError where the task has no chat template.
+    `student` is the prompt that the student read. `told` is what a context has made of each rollout's problem, None where
+    it has nothing to show; `tokenizer` is then the student's. Raises DataError for a prompt that is over
+    task.max_prompt_tokens (which does not count what a context adds) or leaves no room in the teacher's context,
+    RecipeError where the task has no chat template.
     """
-    if template == "student":
+    if template == "student" and told is None:
         return list(rollouts)
-    _refuse_plain(lm.name, task)
-    prompts: dict[int, tuple[int, ...]] = {}  # the responses of a group share their problem
+    if template == "own":
+        _refuse_plain(lm.name, task)
+    made: dict[tuple[int, Any], tuple[int, ...]] = {}  # the responses of a group share their problem
     found = []
-    for rollout in rollouts:
-        problem = rollout.problem
-        if id(problem) not in prompts:
-            prompts[id(problem)] = _own_prompt(lm, template_args, problem, task)
-        prompt = prompts[id(problem)]
+    for rollout, more in zip(rollouts, told or [None] * len(rollouts), strict=True):
+        if more is None and template == "student":
+            found.append(rollout)
+            continue
+        key = (id(rollout.problem), None if more is None else _text_key(more))
+        if key not in made:
+            if more is None:
+                made[key] = _own_prompt(lm, template_args, rollout.problem, task)
+            elif template == "own":
+                made[key] = encode_prompt(lm.tokenizer, more, "chat", task.system, template_args)
+            else:
+                made[key] = encode_prompt(tokenizer, more, task.template, task.system, task.template_args)
+        prompt = made[key]
         if len(prompt) + len(rollout.response_ids) > lm.context_length:
-            raise DataError(
-                f"problem {problem.id}: teacher '{lm.name}' reads {len(prompt)} prompt tokens, and with "
-                f"{len(rollout.response_ids)} response tokens that is over its context of {lm.context_length}; lower "
-                f"sampling.max_new_tokens to {lm.context_length - len(prompt)}, or set teachers.{lm.name}.template: student"
-            )
+            raise _too_long(lm, rollout, len(prompt), more is not None)
         found.append(replace(rollout, prompt_ids=prompt))
     return found
+
+
+def _text_key(problem: Problem) -> str:
+    return problem.prompt if isinstance(problem.prompt, str) else str(problem.prompt[-1])
+
+
+def _too_long(lm: LanguageModel, rollout: Rollout, prompt: int, told: bool) -> DataError:
+    room = lm.context_length - prompt
+    way_out = f"lower sampling.max_new_tokens to {room}, or set teachers.{lm.name}.template: student"
+    if told:
+        way_out = "set the method's max_tokens, which cuts the text that is shown, or lower sampling.max_new_tokens"
+    return DataError(
+        f"problem {rollout.problem.id}: teacher '{lm.name}' reads {prompt} prompt tokens"
+        f"{' with its context' if told else ''}, and with {len(rollout.response_ids)} response tokens that is over its "
+        f"context of {lm.context_length}; {way_out}"
+    )
+
+
+def check_told(
+    lm: LanguageModel, config: ModelConfig, context: Context, problems: Sequence[Problem], task: TaskConfig,
+    material: Material, max_new_tokens: int,
+) -> None:  # fmt: skip
+    """Raise an OpdkitError where the task cannot give what a context shows, or the prompt leaves no room for a response.
+
+    Prompts are made for the first 16 problems, with what is known before there are rollouts.
+    """
+    context.check(problems, material)
+    longest = (0,) * max_new_tokens
+    empty = [Rollout(problem, (), longest, "", group, "length") for group, problem in enumerate(problems[:PROBE])]
+    told = context.rewrite(empty, material)
+    reread(lm, config.template, config.template_args, empty, task, told, material.tokenizer)
 
 
 def check_context(lm: LanguageModel, config: ModelConfig, problems: Sequence[Problem], task: TaskConfig) -> None:

@@ -15,6 +15,7 @@ _NO_EFFECT = {
     "dataset": ("eval_path", "settings"),
     "reasoning_gym": ("path", "eval_path", "split", "eval_split", "columns", "format"),
     "testbed": ("path", "eval_path", "split", "eval_split", "columns", "format"),
+    "verifiers": ("name", "eval_path", "split", "eval_split", "columns", "format", "verifier"),
 }
 
 
@@ -25,7 +26,11 @@ def load_task(config: TaskConfig) -> Task:
     """
     check_settings(config)
     task = _source(config)
-    return replace(task, verify=_verifier(task, config), config=config)
+    verify = _verifier(task, config)
+    if verify is None and config.verifier_errors != "stop":
+        raise RecipeError(f"task.verifier_errors = {config.verifier_errors!r} has no effect: task '{task.name}' has no "
+                          "verifier; remove it")  # fmt: skip
+    return replace(task, verify=verify, config=config)
 
 
 def check_settings(config: TaskConfig) -> None:
@@ -37,9 +42,11 @@ def check_settings(config: TaskConfig) -> None:
             raise RecipeError(
                 f"task.{name} = {getattr(config, name)!r} has no effect with task.kind '{config.kind}'; remove it"
             )
-    needs = "path" if config.kind in ("file", "dataset") else "name"
+    needs = "path" if config.kind in ("file", "dataset", "verifiers") else "name"
     if getattr(config, needs) is None:
         raise RecipeError(f"task.kind '{config.kind}' needs task.{needs}")
+    if config.upsample_shape is not None and config.upsample is None:
+        raise RecipeError(f"task.upsample_shape = {config.upsample_shape!r} has no effect without task.upsample")
     if config.template == "plain" and config.system is not None:
         raise RecipeError("task.system has no effect with task.template 'plain'; remove it or put it into the prompts")
     if config.template == "plain" and config.template_args:
@@ -61,6 +68,10 @@ def _source(config: TaskConfig) -> Task:
         from opdkit.tasks.gym import gym_task
 
         return gym_task(config)
+    if config.kind == "verifiers":
+        from opdkit.tasks.verifiers_env import verifiers_task
+
+        return verifiers_task(config)
     from opdkit.testbed.tasks import testbed_task
 
     return testbed_task(config)

@@ -32,9 +32,21 @@ class Verdict:
 
     reward: float
     correct: bool
+    feedback: str | None = None  # what it says about the response, such as the errors of a program
 
 
 Verifier = Callable[[Problem, str], Verdict]
+
+
+class Trace(str):
+    """A response as text, parts of which a tool wrote: they are read and not trained on, and end a turn."""
+
+    parts: tuple[tuple[str, bool], ...]  # (text, whether the model writes it)
+
+    def __new__(cls, parts: Sequence[tuple[str, bool]]) -> "Trace":
+        new = super().__new__(cls, "".join(text for text, _ in parts))
+        new.parts = tuple(parts)
+        return new
 
 
 class LazySequence(Sequence[T]):
@@ -68,3 +80,10 @@ class Task:
     verify: Verifier | None = None
     target: Callable[[Problem], str] | None = None
     config: TaskConfig = TaskConfig(kind="file")
+
+
+def listed(task: Task, probe: int = 16) -> tuple[list[Problem], bool]:
+    """The training problems and whether these are all: of generated ones the first `probe` and the held-out ones."""
+    if isinstance(task.train, list | tuple):
+        return list(task.train), True
+    return [*task.train[:probe], *task.eval], False

@@ -21,7 +21,7 @@ from opdkit.errors import DataError
 from opdkit.models import LanguageModel
 from opdkit.rollouts.rollout import Rollout
 from opdkit.tasks.messages import prompt_messages
-from opdkit.tasks.problem import Message, Problem, Task
+from opdkit.tasks.problem import Message, Problem, Task, Trace
 from opdkit.tasks.prompts import render, token_ids
 
 _SHOWN = 60  # characters of a text in an error message
@@ -75,7 +75,9 @@ def dataset_rollouts(
         raise DataError(
             f"problem {problem.id} has no response to train on; give the data a response or an answer column"
         )
-    if isinstance(response, str):
+    if isinstance(response, Trace):
+        found = [_traced(lm.tokenizer, problem, prompt, response, task.config, eos_ids)]
+    elif isinstance(response, str):
         found = [_verbatim(lm.tokenizer, problem, prompt, response, task.config, eos_ids)]
     else:
         found = _conversation(lm.tokenizer, problem, prompt, response, task.config, eos_ids)
@@ -115,6 +117,27 @@ def _verbatim(
     if ids[-1:] != [end := turn_end(tokenizer, problem, config, eos_ids)]:
         ids = [*ids, end]
     return Transcript(problem, "", prompt, ids, [True] * len(ids), [0] * len(ids))
+
+
+def _traced(
+    tokenizer: PreTrainedTokenizerBase,
+    problem: Problem,
+    prompt: tuple[int, ...],
+    trace: Trace,
+    config: TaskConfig,
+    eos_ids: Sequence[int],
+) -> Transcript:
+    found, turn = Transcript(problem, "", prompt), 0
+    for text, written in trace.parts:
+        turn += written and bool(found.trained) and not found.trained[-1]
+        ids = token_ids(tokenizer, text)
+        found.ids += ids
+        found.trained += [written] * len(ids)
+        found.turns += [turn] * len(ids)
+    found.ids.append(turn_end(tokenizer, problem, config, eos_ids))
+    found.trained.append(True)
+    found.turns.append(turn)
+    return found
 
 
 def turn_end(tokenizer: PreTrainedTokenizerBase, problem: Problem, config: TaskConfig, eos_ids: Sequence[int]) -> int:

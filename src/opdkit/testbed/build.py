@@ -37,6 +37,7 @@ class Build:
     train: Json = field(default_factory=dict)
     optim: Json = field(default_factory=dict)
     sampling: Json = field(default_factory=dict)
+    tools: Json = field(default_factory=dict)
     seed: int = 0
 
 
@@ -49,15 +50,31 @@ def supervised(steps: int, schedule: str = "cosine", *, lr: float = 2e-3) -> dic
     }
 
 
+def listing(steps: int, schedule: str, lr: float) -> dict[str, Any]:
+    """Sections of a supervised build on lists, whose responses are four times as long: batches of 32."""
+    longer = {"train": {"steps": steps, "prompts_per_step": 32}, "sampling": {"max_new_tokens": 96}}
+    return supervised(steps, schedule, lr=lr) | longer
+
+
+def calling(steps: int, schedule: str, lr: float) -> dict[str, Any]:
+    """Sections of a supervised build on calls of a tool, whose output is not trained on."""
+    tools = {"environment": "calculator", "settings": {"operations": 1}, "calls": "text"}
+    return supervised(steps, schedule, lr=lr) | {"sampling": {"max_new_tokens": 64}, "tools": tools}
+
+
 SUMS_A: Json = {"name": "sums", "settings": {"format": "a"}}
 SUMS_B: Json = {"name": "sums", "settings": {"format": "b"}}
 MIX: Json = {"name": "mix"}
+LISTS: Json = {"name": "lists"}
+CALLS: Json = {"name": "calculator"}
 RL: Json = {
     "method": GRPO,
     "train": {"steps": 200, "prompts_per_step": 16},
     "optim": {"lr": 1e-4, "warmup_steps": 10, "betas": [0.9, 0.99]},
     "sampling": {"group": 8, "max_new_tokens": 24},
 }
+
+OWN = {"lists": ("lists",), "calculator": ("expressions",)}  # tasks with a module of their own
 
 BUILDS: dict[str, Build] = {
     "student": Build("0.23M parameters, stopped before it can add", "new:xs", SUMS_A, **supervised(350, "constant")),
@@ -67,6 +84,11 @@ BUILDS: dict[str, Build] = {
     "base": Build("0.34M, the task mix: sums in both formats, reasoning-gym", "new:s", MIX, **supervised(800)),
     "base-m": Build("0.58M, the task mix", "new:m", MIX, **supervised(800)),
     "mid": Build("0.58M, sums in format a, stopped half way", "new:m", SUMS_A, **supervised(400, "constant")),
+    "lists": Build("0.23M, JSON lists", "new:xs", LISTS, **listing(800, "cosine", 4e-3)),
+    "lists-weak": Build("0.23M, JSON lists, stopped early", "new:xs", LISTS, **listing(300, "constant", 3e-3)),
+    "caller": Build("0.58M, calls of the calculator", "new:m", CALLS, **calling(400, "cosine", 3e-3)),
+    "caller-weak": Build("0.23M, calls, stopped early", "new:xs", CALLS, **calling(110, "constant", 3e-3)),
+    "lists-mid": Build("0.23M, JSON lists, stopped half way", "new:xs", LISTS, **listing(500, "constant", 3e-3)),
     "rl": Build("0.58M, mid after GRPO on the verifier of sums", "mid", SUMS_A, **RL),
 }
 
@@ -97,9 +119,8 @@ def find(name: str) -> Build:
 def content_hash(build: Build) -> str:
     """Twelve hex digits over everything that decides a build's content."""
     parent = build.start if build.start.startswith("new:") else content_hash(find(build.start))
-    code = [
-        (resources.files("opdkit.testbed") / f"{m}.py").read_text() for m in ("tokenizer", "tasks", "grammar", "shapes")
-    ]
+    modules = ["tokenizer", "tasks", "grammar", "shapes", *OWN.get(build.task["name"], ())]
+    code = [(resources.files("opdkit.testbed") / f"{m}.py").read_text() for m in modules]
     parts = [parent, json.dumps(_recipe(build, "", ""), sort_keys=True), *code]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:12]
 
@@ -110,6 +131,7 @@ def _recipe(build: Build, student: str, output: str) -> Json:
         "student": {"path": student},
         "task": {"kind": "testbed", "eval_size": 200, **build.task},
         "sampling": build.sampling,
+        **({"tools": build.tools} if build.tools else {}),
         "optim": build.optim,
         "train": {"keep_checkpoints": 1, **build.train},
         "eval": {"kl_prompts": 0, "teacher": False},

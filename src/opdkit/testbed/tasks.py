@@ -1,4 +1,5 @@
-"""The testbed's tasks: `sums`, `gym` (from reasoning-gym) and `mix` (both), for models of 0.2M parameters and up.
+"""The testbed's tasks for models of 0.2M parameters and up: `sums`, `gym` (from reasoning-gym), `mix` (both), `lists`, and
+`calculator`, which needs a tool.
 
 Every prompt belongs to the training or to the evaluation half by its hash, whatever the seed: no model of the testbed
 has been trained on an evaluation prompt of any other. Problems are drawn when they are read.
@@ -19,6 +20,8 @@ from opdkit.config import Section, TaskConfig, nearest
 from opdkit.errors import DataError, RecipeError
 from opdkit.tasks.problem import LazySequence, Problem, Task, Verdict, Verifier
 from opdkit.testbed import grammar
+from opdkit.testbed.expressions import CalculatorSettings, draw_expression, solution, verify_expression
+from opdkit.testbed.lists import ListsSettings, draw_list, verify_list
 
 TRAIN_SIZE = 10_000
 GYM_TASK = "spell_backward"
@@ -58,11 +61,11 @@ class MixSettings(GymSettings, SumsSettings):
 
 
 def testbed_task(config: TaskConfig) -> Task:
-    """The testbed task of a recipe: `sums`, `gym` or `mix`; `Task.target` writes the solution with its scratchpad.
+    """The testbed task of a recipe; `Task.target` writes the solution with its scratchpad or its calls of the tool.
 
     Raises RecipeError for an unknown name or setting, DataError when the settings leave too few different prompts.
     """
-    makers = {"sums": _sums, "gym": _gym, "mix": _mix}
+    makers = {"sums": _sums, "gym": _gym, "mix": _mix, "lists": _lists, "calculator": _calculator}
     name = str(config.name)
     if name not in makers:
         raise RecipeError(f"the testbed has no task '{name}'{nearest(name, list(makers))}")
@@ -78,6 +81,8 @@ def testbed_task(config: TaskConfig) -> Task:
 
 def target(problem: Problem) -> str:
     """The response to imitate: the scratchpad of a sum in the problem's format, the bare answer otherwise."""
+    if problem.domain == "calculator":
+        return solution(problem)
     if problem.domain == "sums":
         return grammar.solution(grammar.parse(str(problem.prompt)), problem.metadata["format"])
     return str(problem.answer)
@@ -180,6 +185,14 @@ def _mix(given: dict[str, Any]) -> tuple[Draw, Verifier]:
         return verify_sum(problem, text) if problem.domain == "sums" else verify_gym(problem, text)
 
     return draw, verify
+
+
+def _lists(given: dict[str, Any]) -> tuple[Draw, Verifier]:
+    return partial(draw_list, _settings("lists", ListsSettings, given)), verify_list
+
+
+def _calculator(given: dict[str, Any]) -> tuple[Draw, Verifier]:
+    return partial(draw_expression, _settings("calculator", CalculatorSettings, given)), verify_expression
 
 
 def _settings(name: str, kind: type[Settings], given: dict[str, Any]) -> Settings:

@@ -9,7 +9,7 @@ import torch
 
 from opdkit.config import Recipe, load_recipe
 from opdkit.errors import RunError
-from opdkit.lora import BASE
+from opdkit.lora import BASE, LIVE
 from opdkit.metrics import averages, avg_at_k, rollout_metrics, sequence_totals, summed, token_mean_with_error
 from opdkit.models import LanguageModel
 from opdkit.rewards.verify import verify_rollouts
@@ -42,12 +42,19 @@ def evaluate(setup: Setup, lm: LanguageModel, step: int) -> dict[str, Any]:
         with whole(lm), setup.autocast():
             rollouts = sample_mine(setup, lm, setup.eval, how, seed)
         rollouts = verify_rollouts(setup.task, rollouts)
-        judged: dict[str, list[bool]] = defaultdict(list)
-        for problem, correct in setup.processes.gather([(r.problem.id, bool(r.correct)) for r in rollouts]):
-            judged[problem].append(correct)
-        record["accuracy"], record["accuracy_se"] = avg_at_k(judged)
+        judged: dict[tuple[str, str], list[bool]] = defaultdict(list)
+        verdicts = [(r.problem.domain, r.problem.id, bool(r.correct)) for r in rollouts]
+        for domain, problem, correct in setup.processes.gather(verdicts):
+            judged[domain, problem].append(correct)
+        record["accuracy"], record["accuracy_se"] = avg_at_k({f"{d}/{p}": c for (d, p), c in judged.items()})
+        domains = sorted({domain for domain, _ in judged})
+        for domain in domains if len(domains) > 1 else ():
+            own = {problem: correct for (d, problem), correct in judged.items() if d == domain}
+            record[f"accuracy/{domain}"], record[f"accuracy_se/{domain}"] = avg_at_k(own)
+        if setup.recipe.task.verifier_errors == "incorrect":
+            record["verifier_errors"] = int(setup.processes.total([float(sum(r.unjudged for r in rollouts))])[0])
         means = averages(summed(setup.processes.gather([rollout_metrics(rollouts)])))
-        record |= {k: v for k, v in means.items() if k in ("response_length", "clipped_share")}
+        record |= {k: v for k, v in means.items() if k in ("response_length", "clipped_share") or k.startswith("tools/")}
     if lm.name == "student" and e.kl_prompts and setup.teachers:
         record |= held_out_kl(setup, lm)
     return record
@@ -66,6 +73,7 @@ def held_out_kl(setup: Setup, lm: LanguageModel) -> dict[str, float]:
         totals = {
             name: reverse_kl(setup, teacher, rollouts, step) if step is not None else []
             for name, teacher in setup.teachers.items()
+            if teacher.path != LIVE  # its own prompt: it is the student
         }
     for name, own in totals.items():
         value, error = token_mean_with_error(setup.processes.gather(own))
@@ -80,16 +88,18 @@ def sample_mine(
     """This process's part of the responses to some prompts, drawn with the random numbers of the whole list."""
     keys = prompt_keys([ids for _, ids in prompts], seed)
     mine = setup.processes.mine
-    return on_policy(lm, mine(prompts), how, seed, keep, keys=mine(keys))
+    return on_policy(lm, mine(prompts), how, seed, keep, keys=mine(keys), tools=setup.tools)
 
 
 def reverse_kl(setup: Setup, teacher: LanguageModel, rollouts: list[Rollout], step: Step) -> list[tuple[float, float]]:
     """(sum of the exact reverse KL, tokens) of every sequence of a step whose student view kept its hidden states."""
     seen = setup.as_read_by(teacher, rollouts)
-    scores = score(teacher, seen, step, Full(), budget=setup.recipe.train.score_tokens)
+    t = setup.recipe.train
+    scores = score(teacher, seen, step, Full(), budget=t.score_tokens, bad=t.bad_scores)
     both = replace(step, views={**step.views, "teacher": scores})
     value = full_divergence(both, "teacher", "reverse_kl")
-    return sequence_totals(value, step.layout.seq, step.layout.sequences)
+    there = slice(None) if scores.bad is None else ~scores.bad
+    return sequence_totals(value[there], step.layout.seq[there], step.layout.sequences)
 
 
 def evaluate_run(target: str, overrides: list[str]) -> str:
@@ -97,10 +107,11 @@ def evaluate_run(target: str, overrides: list[str]) -> str:
 
     Raises RunError when the run has no checkpoint, RecipeError for a wrong recipe.
     """
-    from opdkit.train.checkpoint import latest_checkpoint
+    from opdkit.train.checkpoint import latest_checkpoint, load_checkpoint
 
     folder = Path(target)
     recipe: Recipe
+    newest = None
     if (folder / "recipe.yaml").is_file():
         newest = latest_checkpoint(folder)
         if newest is None:
@@ -112,7 +123,9 @@ def evaluate_run(target: str, overrides: list[str]) -> str:
     else:
         recipe = load_recipe(target, overrides)
     setup = set_up(recipe)
-    models = [setup.student, *(setup.teachers.values() if recipe.eval.teacher else ())]
+    if newest is not None and setup.averages.state():
+        setup.averages.restore(load_checkpoint(newest))
+    models = [setup.student, *(lm for lm in setup.teachers.values() if recipe.eval.teacher and lm.path != LIVE)]
     return "\n".join([f"task {setup.task.name}, {len(setup.eval)} held-out problems, {recipe.eval.samples} samples each"]
                      + [summary(evaluate(setup, lm, 0), lm.path) for lm in models])  # fmt: skip
 

@@ -13,7 +13,9 @@ def needs_student_head(method: Method) -> bool:
         isinstance(v.support, TopK) and v.support.of not in ("student", "intersection") for v in views.values()
     )
     pieces = [p for term in method.terms for p in (term.signal, term.weight) if p is not None]
-    read = {need.split(".")[0] for p in pieces for _, need in p.needs if need.endswith((".distribution", ".full"))}
+    needs = [need for p in (*pieces, *method.watch.values()) for _, need in p.needs]
+    needs += [need for controller in method.controllers for need in controller.needs()]
+    read = {need.split(".")[0] for need in needs if need.endswith((".distribution", ".full"))}
     return chosen or any(isinstance(views[name].support, Full) for name in read)
 
 
@@ -21,4 +23,4 @@ def to_keep(recipe: Recipe, method: Method, vocab: int) -> Keep:
     """What the sampler records, for a vocabulary of `vocab` ids."""
     supports = [view.support for view in method.views.values()]
     ks = [s.k for s in supports if isinstance(s, TopK) and s.of != "teacher"]
-    return Keep(min(vocab, max([recipe.log.top_k, *ks])), needs_student_head(method))
+    return Keep(min(vocab, max([recipe.log.top_k, method.top_list, *ks])), needs_student_head(method))

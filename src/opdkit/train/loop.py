@@ -16,16 +16,18 @@ import torch
 
 from opdkit.config import Recipe
 from opdkit.errors import NonFiniteError
-from opdkit.metrics import Clock, averages, peak_memory_mb, step_metrics, summed
-from opdkit.rollouts.flatten import flatten
+from opdkit.metrics import Clock, averages, peak_memory_mb, rollout_metrics, step_metrics, summed, watched
+from opdkit.rollouts.flatten import flags, flatten
 from opdkit.rollouts.rollout import Rollout
+from opdkit.sources import OnPolicy
 from opdkit.step import Scores, Step
 from opdkit.support import Full, Sampled
 from opdkit.train.checkpoint import latest_checkpoint, load_checkpoint, load_weights, save_checkpoint
 from opdkit.train.evaluate import evaluate, summary
+from opdkit.train.hooks import first_states, run_hooks
 from opdkit.train.optimise import Optimiser
 from opdkit.train.progress import Progress
-from opdkit.train.record import run_information, save_batch, save_rollouts
+from opdkit.train.record import check_method, run_information, save_batch, save_rollouts
 from opdkit.train.rolling import Rolling
 from opdkit.train.run import Run
 from opdkit.train.setup import Setup, derive_seed, notes, set_up
@@ -33,7 +35,9 @@ from opdkit.train.sharding import shard, whole, whole_weights
 from opdkit.train.state import rng_state, set_rng_state
 from opdkit.train.trackers import Trackers
 from opdkit.train.update import Stream, coefficients, expected_batches, losses, parts, plan, streams
+from opdkit.views.batches import flat_index
 from opdkit.views.local import score
+from opdkit.views.route import assign, merge
 
 
 def train(recipe: Recipe, *, resume: bool = False) -> Path:
@@ -55,7 +59,7 @@ def train(recipe: Recipe, *, resume: bool = False) -> Path:
             for note in notes(setup):
                 progress.say(note)
             if start == 0:
-                for lm in [student, *(setup.teachers.values() if r.eval.teacher else ())]:
+                for lm in [student, *setup.evaluated]:
                     trackers.evaluation(record := evaluate(setup, lm, 0))
                     progress.say(f"before: {summary(record)}")
 
@@ -63,15 +67,16 @@ def train(recipe: Recipe, *, resume: bool = False) -> Path:
                 clock = Clock()
                 with whole(student):
                     with clock("sample"):
-                        rollouts = rolling.step(step)
+                        rollouts = rolling.step(step, state)
                     with clock("score"), keep_batch(run, step, rollouts):
                         steps = {name: make_step(setup, name, rollouts[name], step, state) for name in rollouts}
+                        steps, upcoming = control(setup, steps, state)
                         found = streams(method, steps)
                 with clock("update"), keep_batch(run, step, rollouts, steps):
                     numbers = update(setup, optimiser, rollouts, steps, found, step)
-                for hook in method.after_update:
-                    state[hook.name] = hook.update(state[hook.name], numbers)
-                numbers |= measure(setup, rollouts, steps)
+                state |= upcoming
+                numbers |= run_hooks(setup, step, numbers, state)
+                numbers |= measure(setup, rollouts, steps, state, rolling.judged)
                 numbers |= clock.read() | {"peak_memory_mb": peak_memory_mb()}
                 numbers["tokens_per_second"] = numbers["tokens"] / numbers["seconds/step"]
                 trackers.log(step, numbers)
@@ -112,6 +117,8 @@ def begin(setup: Setup, run: Run, resume: bool) -> tuple[int, Optimiser, Rolling
     student, everyone = setup.student, setup.processes
     newest = everyone.share(latest_checkpoint(run.path) if resume else None)
     saved = load_checkpoint(newest) if newest else None
+    if saved is not None:
+        check_method(setup, run.info)
     if newest:  # before the student is divided: checkpoints hold it whole
         load_weights(student.saved, newest)
     if setup.recipe.train.sharding == "fsdp2":
@@ -119,9 +126,10 @@ def begin(setup: Setup, run: Run, resume: bool) -> tuple[int, Optimiser, Rolling
     optimiser, rolling = Optimiser(setup.recipe, student, everyone), Rolling(setup)
     torch.manual_seed(derive_seed(setup.recipe.seed, "torch"))
     if saved is None:
-        return 0, optimiser, rolling, {hook.name: hook.init() for hook in setup.method.after_update}
+        return 0, optimiser, rolling, first_states(setup)
     optimiser.restore(saved)
     rolling.restore(saved)
+    setup.averages.restore(saved)
     set_rng_state(saved["rng"])
     return int(saved["step"]), optimiser, rolling, dict(saved["method"])
 
@@ -137,8 +145,9 @@ def make_step(setup: Setup, source: str, rollouts: list[Rollout], step: int, sta
         progress=(step - 1) / r.train.steps,
         state=dict(state),
         head=student.head(),
+        domains=list(dict.fromkeys([*setup.domains, *(r.problem.domain for r in rollouts)])),
     )
-    budget, k = r.train.score_tokens, min(r.log.top_k, student.head().size)
+    budget, k = r.train.score_tokens, min(max(r.log.top_k, setup.method.top_list), student.head().size)
     views: dict[str, Scores] = dict(flat.views)
     with setup.autocast():
         missing = "student" not in views and setup.method.reads_student(source)
@@ -147,10 +156,33 @@ def make_step(setup: Setup, source: str, rollouts: list[Rollout], step: int, sta
             views["student"] = score(student, rollouts, flat, support, budget=budget, top_k=setup.keep.top_k)
             flat = replace(flat, views=views)
         for name, view in setup.method.views.items():
-            teacher = setup.teachers[view.model]
-            seen = setup.as_read_by(teacher, rollouts)
-            views[name] = score(teacher, seen, flat, view.support, budget=budget, top_k=k)
+            told, parts = setup.told(view, rollouts), []
+            for teacher, at in assign(view.model, rollouts, name).items():
+                lm = setup.teachers[teacher]
+                seen = setup.as_read_by(lm, [rollouts[s] for s in at], told and [told[s] for s in at])
+                bad = r.train.bad_scores
+                scores = score(lm, seen, flat, view.support, budget=budget, top_k=k, at=at, bad=bad, view=name)
+                parts.append((flat_index(flat, at), scores))
+            views[name] = merge(parts)
+            if told is not None:
+                views[name] = replace(views[name], informed=flags([t is not None for t in told], flat))
     return replace(flat, views=views)
+
+
+@torch.no_grad()
+def control(
+    setup: Setup, steps: Mapping[str, Step], state: dict[str, Any]
+) -> tuple[dict[str, Step], dict[str, dict[str, Any]]]:
+    """Move the controllers' states by the batch: (steps that see the new states of "before", new states of "after").
+
+    `state` takes the "before" states at once; the others are due when the update is done.
+    """
+    upcoming: dict[str, dict[str, Any]] = {}
+    for controller in setup.method.controllers:
+        values = setup.processes.gather([controller.measure(steps[controller.on]).cpu()])
+        new = controller.update(dict(state[controller.name]), torch.cat(values))
+        (state if controller.when == "before" else upcoming)[controller.name] = new
+    return {name: replace(step, state=dict(state)) for name, step in steps.items()}, upcoming
 
 
 def update(
@@ -169,20 +201,53 @@ def update(
             expected = expected_batches(model, batches, everyone)
             with setup.autocast():
                 numbers.append(optimiser.step(losses(model, batches, expected, t.head_chunk), expected))
+            setup.averages.update()
     model.model.eval()
     mean = {key: sum(n[key] for n in numbers) / len(numbers) for key in numbers[0]}
     return mean | {"lr": numbers[-1]["lr"]}
 
 
-def measure(setup: Setup, rollouts: Mapping[str, list[Rollout]], steps: Mapping[str, Step]) -> dict[str, float]:
-    """The step's metrics over all processes: of the student's own rollouts where it has any, else of the data's."""
+@torch.no_grad()
+def measure(
+    setup: Setup, rollouts: Mapping[str, list[Rollout]], steps: Mapping[str, Step], state: Mapping[str, Any],
+    judged: list[Rollout] | None = None,
+) -> dict[str, float]:  # fmt: skip
+    """The step's metrics over all processes: of the student's own rollouts where it has any, else of the data's.
+
+    `judged` are the source "policy"'s rollouts before the prepare steps; rewards and lengths are theirs.
+    """
     name = "policy" if "policy" in steps else next(iter(steps))
-    own = step_metrics(steps[name], rollouts[name], setup.recipe.log.top_k, setup.student.head().size)
+    judged = judged if name == "policy" and judged else rollouts[name]
+    size, top_k = setup.student.head().size, setup.recipe.log.top_k
+    own = step_metrics(steps[name], rollouts[name], top_k, size, setup.domains, judged)
+    for label, piece in setup.method.watch.items():
+        own |= watched(label, piece, steps["policy"])
+    if setup.method.prepare and "reward" in own:
+        own["prepared_reward"] = rollout_metrics(rollouts[name])["reward"]
     own["tokens"] = (float(sum(step.tokens.shape[0] for step in steps.values())), 1.0)
+    own |= {key: (float(count), 1.0) for key, count in counts(setup, rollouts[name], steps[name], judged).items()}
     means = summed(setup.processes.gather([own]))
-    found = averages(means) | {"tokens": means["tokens"][0]}
+    sums = [key for key in means if key == "tokens" or key.startswith("count/")]
+    found = averages(means) | {key: means[key][0] for key in sums}
     if not found.get("sampler_gap", 1.0):  # nothing was truncated or scored again
         del found["sampler_gap"]
+    for c in setup.method.controllers:
+        found |= {f"{c.name}/{key}": value for key, value in c.metrics(state[c.name]).items()}
+    return found
+
+
+def counts(setup: Setup, rollouts: list[Rollout], step: Step, judged: list[Rollout]) -> dict[str, int]:
+    """What was left out of a step, where the recipe lets anything be left out."""
+    found = {}
+    if any(isinstance(source, OnPolicy) and source.stop_early for source in setup.method.rollouts.values()):
+        found["count/stopped_early"] = sum(r.finish == "drift" for r in judged)
+    if setup.method.prepare:
+        found["count/dropped_rollouts"] = len(judged) - sum(not r.dropped for r in rollouts)
+    if setup.recipe.task.verifier_errors == "incorrect":
+        found["count/verifier_errors"] = sum(r.unjudged for r in judged)
+    if setup.recipe.train.bad_scores == "mask":
+        bad = [step.views[name].bad for name in setup.method.views]
+        found["count/bad_scores"] = sum(int(b.sum()) for b in bad if b is not None)
     return found
 
 
@@ -190,7 +255,8 @@ def checkpoint(
     setup: Setup, run: Run, optimiser: Optimiser, rolling: Rolling, step: int, state: dict[str, Any]
 ) -> None:
     """Save the student and everything that the next step depends on; the main process writes."""
-    trainer = optimiser.state() | rolling.state() | {"step": step, "rng": rng_state(), "method": state}
+    trainer = optimiser.state() | rolling.state() | setup.averages.state()
+    trainer |= {"step": step, "rng": rng_state(), "method": state}
     weights = whole_weights(setup.student)
     if setup.processes.main:
         keep = setup.recipe.train.keep_checkpoints

@@ -1,15 +1,19 @@
 """What a run writes beside metrics and checkpoints: facts about itself, rollouts for the viewer, and bad batches."""
 
 import inspect
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from safetensors.torch import save_file
+from torch import Tensor
 
 import opdkit
 from opdkit.catalogue import method_function, method_table
+from opdkit.errors import RunError
 from opdkit.models import LanguageModel
 from opdkit.rollouts.rollout import Rollout
 from opdkit.step import Scores, Step
@@ -39,6 +43,16 @@ def run_information(setup: Setup) -> dict[str, Any]:
     }
 
 
+def check_method(setup: Setup, before: Mapping[str, Any]) -> None:
+    """Raise RunError when a file that the recipe's method reads has changed since the run with this run.json began."""
+    now = json.loads(json.dumps(setup.method.to_dict()))
+    if before.get("method_value", now) != now:
+        raise RunError(
+            f"method {setup.method.name} is not the one that this run was started with, though its arguments are: "
+            "a file that it reads has changed; put the old one back, or start a new run with another output=..."
+        )
+
+
 def model_information(lm: LanguageModel) -> dict[str, Any]:
     return {"path": lm.path, "parameters": lm.parameters, "vocab": lm.head().size}
 
@@ -49,8 +63,9 @@ def save_rollouts(
 ) -> None:  # fmt: skip
     """Write a few rollouts of the step with everything that the token viewer shows."""
     name = "policy" if "policy" in steps else next(iter(steps))
-    shown = [describe_rollout(setup, r, s, steps[name], found[name]) for s, r in
-             enumerate(rollouts[name][: setup.recipe.log.rollouts])]  # fmt: skip
+    watched = {label: piece(steps[name]) for label, piece in setup.method.watch.items() if name == "policy"}
+    shown = [describe_rollout(setup, r, s, steps[name], found[name]) | {"turns": describe_turns(steps[name], s, watched)}
+             for s, r in enumerate(rollouts[name][: setup.recipe.log.rollouts])]  # fmt: skip
     (run / "rollouts").mkdir(exist_ok=True)
     write_json(run / "rollouts" / f"step-{step:06d}.json", {"step": step, "rollouts": shown})
 
@@ -64,9 +79,12 @@ def describe_rollout(setup: Setup, rollout: Rollout, s: int, step: Step, found: 
     signal = next((f.signal for f in found if f.signal is not None and f.signal.ndim == 1), None)
     if signal is None and student is not None and teacher is not None:
         signal = teacher.sampled - student.sampled
-    tokens = []
-    for n in at.tolist():
-        token = int(step.tokens[n])
+    tokens, places = [], iter(at.tolist())
+    for i, token in enumerate(rollout.response_ids):
+        if rollout.trained is not None and not rollout.trained[i]:  # a tool's text
+            tokens.append({"id": token, "text": decode([token])})
+            continue
+        n = next(places)
         tokens.append({
             "id": token, "text": decode([token]),
             "student": None if student is None else float(student.sampled[n]),
@@ -79,6 +97,15 @@ def describe_rollout(setup: Setup, rollout: Rollout, s: int, step: Step, found: 
         "prompt": decode(rollout.prompt_ids), "text": rollout.text, "reward": rollout.reward, "correct": rollout.correct,
         "finish": rollout.finish, "source": rollout.source, "domain": rollout.problem.domain, "tokens": tokens,
     }  # fmt: skip
+
+
+def describe_turns(step: Step, s: int, watched: Mapping[str, Float[Tensor, " N"]]) -> list[dict[str, Any]]:
+    """Trained tokens of every turn of a sequence, and the means of watched pieces over them."""
+    at = torch.nonzero(step.layout.seq == s).squeeze(1)
+    turns = [at[step.layout.turn[at] == turn] for turn in step.layout.turn[at].unique()]
+    return [
+        {"tokens": len(own), **{name: float(value[own].mean()) for name, value in watched.items()}} for own in turns
+    ]
 
 
 def top_tokens(scores: Scores | None, n: int, decode: Any) -> list[list[Any]]:

@@ -1,31 +1,39 @@
 """Everything a run needs, loaded and checked before the run folder is touched. The optimiser is `train.optimise`'s."""
 
 import hashlib
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from opdkit.catalogue import build_method
 from opdkit.config import Recipe, nearest
+from opdkit.contexts import Material
 from opdkit.errors import ModelError, RecipeError
+from opdkit.length import LengthControl
+from opdkit.lora import EMA, LIVE
 from opdkit.losses import PolicyGradient
-from opdkit.method import Method
+from opdkit.method import Method, View
 from opdkit.models import LanguageModel, check_same_vocabulary, checkpoint_activations, load_models
 from opdkit.rollouts.rollout import Rollout
 from opdkit.rollouts.sampler import Keep, Sampling
 from opdkit.rollouts.sources import from_dataset
-from opdkit.sources import Dataset, OnPolicy, Replay
-from opdkit.support import TopK
-from opdkit.tasks.contexts import check_context, describe_difference, reread
+from opdkit.rollouts.tools import ToolUse, equipped, make_tools
+from opdkit.self_teacher import Averages
+from opdkit.sources import Dataset, OnPolicy, Replay, TeacherSamples
+from opdkit.support import Full, TopK
+from opdkit.tasks.contexts import check_context, check_told, describe_difference, reread
+from opdkit.tasks.difficulty import upsampled
 from opdkit.tasks.load import load_task
-from opdkit.tasks.problem import Task
+from opdkit.tasks.problem import Problem, Task, listed
 from opdkit.tasks.prompts import PROBE, EncodedProblems, encode_problems
 from opdkit.tasks.rows import prompt_key
 from opdkit.train.keep import to_keep
 from opdkit.train.optimise import updates_per_step
 from opdkit.train.processes import Processes
+from opdkit.views.route import check_routes
 
 
 @dataclass
@@ -40,16 +48,43 @@ class Setup:
     train: EncodedProblems
     eval: EncodedProblems
     processes: Processes
+    pool: Sequence[int] = ()  # the training prompts of an epoch, repeated ones included; empty = all once
+    tools: ToolUse | None = None
+    averages: Averages = field(init=False)  # its `student:ema` teachers
+    domains: tuple[str, ...] = field(init=False)  # those of the problems that are known at the start
+
+    def __post_init__(self) -> None:
+        self.domains = tuple(dict.fromkeys(problem.domain for problem in listed(self.task)[0]))
+        self.averages = Averages(self.student, self.teachers, self.recipe.teachers)
 
     def autocast(self) -> AbstractContextManager[Any]:
         """The precision of forward passes."""
         dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[self.recipe.train.precision]
         return nullcontext() if dtype is None else torch.autocast(self.processes.device.type, dtype)
 
-    def as_read_by(self, lm: LanguageModel, rollouts: list[Rollout]) -> list[Rollout]:
-        """The rollouts with the prompts that a teacher reads: the student's, or those of its own template."""
+    def as_read_by(
+        self, lm: LanguageModel, rollouts: list[Rollout], told: list[Problem | None] | None = None
+    ) -> list[Rollout]:
+        """The rollouts with the prompts that a teacher reads: the student's, those of its own template, or of a context."""
         config = self.recipe.teachers[lm.name]
-        return reread(lm, config.template, config.template_args, rollouts, self.recipe.task)
+        return reread(
+            lm, config.template, config.template_args, rollouts, self.recipe.task, told, self.student.tokenizer
+        )
+
+    def told(self, view: View, rollouts: list[Rollout]) -> list[Problem | None] | None:
+        """The problems as a view's context rewrites them; None for a view that reads the rollouts' own prompts."""
+        return None if view.context == "own" else view.context.rewrite(rollouts, self.material)
+
+    @property
+    def evaluated(self) -> list[LanguageModel]:
+        """The teachers that are evaluated once, at the start: not those that are the student itself then."""
+        once = [lm for lm in self.teachers.values() if lm.path not in (LIVE, EMA)]
+        return once if self.recipe.eval.teacher else []
+
+    @property
+    def material(self) -> Material:
+        """What contexts may read beside the rollouts."""
+        return Material(self.student.tokenizer, self.recipe.task.template == "plain", self.task.target)
 
     @property
     def sampling(self) -> Sampling:
@@ -68,13 +103,17 @@ def set_up(recipe: Recipe) -> Setup:
     """Load and check everything. Raises OpdkitError with one clear sentence for whatever does not fit."""
     method = build_method(recipe.method.name, recipe.method.arguments)
     check_recipe(recipe, method)
+    check_moving_heads(recipe, method)
     place = start_processes()
     processes = Processes(place.process_index, place.num_processes, place.device)
     check_processes(recipe, method, processes)
-    task = load_task(recipe.task)
+    tools = make_tools(recipe.tools, recipe.task, recipe.sampling)
+    task = equipped(load_task(recipe.task), tools, recipe.tools.show if recipe.tools else "template")
     if method.needs_reward and task.verify is None:
         raise RecipeError(f"method {method.name} learns from rewards, but task '{task.name}' has no verifier; "
                           "give the data an answer column or set task.verifier")  # fmt: skip
+    for name, view in method.views.items():
+        check_routes(view.model, name, task)
     with place.main_process_first():  # the first process builds what the cache lacks
         student, teachers = load_models(recipe, processes.device, derive_seed(recipe.seed, "lora"))
     student.temperature = recipe.sampling.temperature
@@ -88,13 +127,21 @@ def set_up(recipe: Recipe) -> Setup:
     new = recipe.sampling.max_new_tokens
     train = encode_problems(task.train, student.tokenizer, recipe.task, context, new)
     held_out = encode_problems(task.eval, student.tokenizer, recipe.task, context, recipe.eval.max_new_tokens or new)
+    pool = upsampled(train.problems, recipe.task) if recipe.task.upsample else []
     if processes.count > 1:
         processes.check_same({
+            "prompts to repeat": str(pool),
             "recipes": recipe.model_dump_json(exclude={"output"}),
             "training prompts": "\n".join([str(len(train)), *(prompt_key(train.problems[i]) for i in _probe(len(train)))]),
             "held-out prompts": "\n".join(map(prompt_key, held_out.problems)),
         })  # fmt: skip
-    setup = Setup(recipe, method, student, teachers, task, train, held_out, processes)
+    setup = Setup(recipe, method, student, teachers, task, train, held_out, processes, pool, tools)
+    if tools is not None:
+        tools.calls.check(train[0][0], student)
+    for view in method.views.values():
+        if view.context != "own":
+            for lm in (teachers[reader] for reader in view.models):
+                check_told(lm, recipe.teachers[lm.name], view.context, task.train, recipe.task, setup.material, new)
     if any(isinstance(source, Dataset) for source in method.rollouts.values()):
         from_dataset(student, task, train[:PROBE], setup.sampling)  # a response that cannot be used fails here
     return setup
@@ -123,6 +170,9 @@ def check_processes(recipe: Recipe, method: Method, processes: Processes) -> Non
         if recipe.student.quantize != "none" or t.precision == "fp16":
             raise RecipeError("train.sharding = fsdp2 works with neither a quantised student nor precision fp16; use "
                               "student.dtype / train.precision bf16 or fp32")  # fmt: skip
+        if method.after_update:
+            raise RecipeError(f"train.sharding = {t.sharding} divides the student, and {method.after_update[0]} moves its "
+                              "weights whole; set train.sharding: none")  # fmt: skip
     for name, count in split_prompts(method, t.prompts_per_step).items():
         if 0 < count < processes.count:
             raise RecipeError(f"train.prompts_per_step = {t.prompts_per_step} gives source '{name}' {count} prompts a step "
@@ -134,6 +184,9 @@ def check_processes(recipe: Recipe, method: Method, processes: Processes) -> Non
 
 def check_recipe(recipe: Recipe, method: Method) -> None:
     """Raise RecipeError for settings that contradict the method or would have no effect."""
+    for controller in method.controllers:
+        if isinstance(controller, LengthControl):
+            controller.check(recipe.sampling.max_new_tokens)
     for who, teacher in method.asks:
         if teacher not in recipe.teachers:
             hint = nearest(teacher, list(recipe.teachers)) if recipe.teachers else "; the recipe has no teachers"
@@ -152,14 +205,19 @@ def check_recipe(recipe: Recipe, method: Method) -> None:
         raise RecipeError(
             f"eval.top_p = {recipe.eval.top_p} has no effect on greedy evaluation (eval.temperature = 0); remove it"
         )
+    for name, source in method.rollouts.items() if recipe.tools is not None else ():
+        if isinstance(source, TeacherSamples) or (isinstance(source, OnPolicy) and source.stop_early is not None):
+            what = "comes from a teacher" if isinstance(source, TeacherSamples) else "stops early"
+            raise RecipeError(f"the recipe has tools, and rollout source '{name}' of method {method.name} {what}, which works "
+                              "without tools only; remove the section `tools` or take another method")  # fmt: skip
     on_policy = any(isinstance(source, OnPolicy | Replay) for source in method.rollouts.values())
     if updates_per_step(recipe) > 1 and any(isinstance(term.loss, PolicyGradient) for term in method.terms):
         raise RecipeError(f"train.minibatches x train.epochs = {updates_per_step(recipe)} updates a rollout batch, but "
                           f"method {method.name} has a policy gradient without a ratio, which is wrong from the second "
                           "update on; give the method low and high, as in method.low=0.2 method.high=0.2")  # fmt: skip
     if method.needs_group and recipe.sampling.group < 2:
-        raise RecipeError(f"method {method.name} subtracts the mean of a prompt's group, which is 0 signal for a group of "
-                          f"{recipe.sampling.group}; set sampling.group to 2 or more")  # fmt: skip
+        raise RecipeError(f"method {method.name} compares the responses of a prompt's group or shows one to another, and a "
+                          f"group of {recipe.sampling.group} has none; set sampling.group to 2 or more")  # fmt: skip
     if not on_policy and recipe.sampling.group != 1:
         raise RecipeError(
             f"sampling.group = {recipe.sampling.group} has no effect: method {method.name} does not sample"
@@ -170,9 +228,23 @@ def check_recipe(recipe: Recipe, method: Method) -> None:
                           f"'{empty[0]}' with share {method.rollouts[empty[0]].share}; raise one of them")  # fmt: skip
 
 
+def check_moving_heads(recipe: Recipe, method: Method) -> None:
+    """Raise RecipeError where a later update of a rollout batch would read the rows of a teacher that moved."""
+    moving = [name for name, config in recipe.teachers.items() if config.path in (LIVE, EMA)]
+    for name, view in method.views.items():
+        reading = [reader for reader in view.models if reader in moving]
+        if updates_per_step(recipe) > 1 and reading and isinstance(view.support, Full):
+            raise RecipeError(f"view '{name}' has support Full(), whose rows are formed during the updates, and teacher "
+                              f"'{reading[0]}' moves with the student; use one update a rollout batch (train.minibatches and "
+                              "train.epochs 1), a top-k support, or the teacher student:base")  # fmt: skip
+
+
 def check_supports(method: Method, student: LanguageModel) -> None:
     """Raise ModelError when a top-k support is larger than the vocabulary."""
     size = student.head().size
+    if method.top_list > size:
+        raise ModelError(f"method {method.name} compares the {method.top_list} most probable ids of student and teacher, but "
+                         f"the vocabulary has {size}; lower k")  # fmt: skip
     for name, view in method.views.items():
         if isinstance(view.support, TopK) and view.support.k > size:
             raise ModelError(f"view '{name}' asks for the top {view.support.k} of a vocabulary of {size} ids; lower k, "

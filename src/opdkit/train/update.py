@@ -51,6 +51,8 @@ def streams(method: Method, steps: Mapping[str, Step]) -> dict[str, list[Stream]
         if weight.shape != (n,) or bool((weight < 0).any()):
             raise MethodError(f"weight {term.weight} must be [N] = [{n}] and never negative; got shape "
                               f"{tuple(weight.shape)}, smallest {weight.min().item() if weight.numel() else 0:g}")  # fmt: skip
+        usable = step.usable(method.reads(term))
+        weight = weight if usable is None else weight * usable
         found[term.on].append(Stream(term, signal, weight))
     return found
 

@@ -11,48 +11,65 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from opdkit.config import BadScores
 from opdkit.errors import NonFiniteError
 from opdkit.head import Head, HeadRows, RowScores, score_rows
 from opdkit.models import LanguageModel
 from opdkit.rollouts.rollout import Rollout
 from opdkit.step import Candidates, Scores, Step
 from opdkit.support import Full, Support, TopK, candidates
+from opdkit.views.bad import neutral
 from opdkit.views.batches import batches, flat_index
 
 
 def hidden_rows(
-    lm: LanguageModel, rollouts: Sequence[Rollout], step: Step, budget: int
-) -> Iterator[tuple[Int[Tensor, " n"], Float[Tensor, "n D"]]]:
-    """Yield (flat index, last hidden states that predict these tokens) batch by batch, without gradient."""
+    lm: LanguageModel, rollouts: Sequence[Rollout], step: Step, budget: int, at: Sequence[int] | None = None,
+    view: str = "",
+) -> Iterator[tuple[Int[Tensor, " n"], Float[Tensor, "n D"]]]:  # fmt: skip
+    """Yield (flat index, last hidden states that predict these tokens) batch by batch, without gradient.
+
+    Where the model read along for this view while the rollouts were sampled, its states are there already.
+    """
+    if rollouts and all(view in r.states for r in rollouts):
+        yield flat_index(step, at or range(len(rollouts))), torch.cat([r.states[view] for r in rollouts])
+        return
     for batch in batches(lm, rollouts, budget):
         with torch.no_grad():
             hidden = batch.states(lm, rollouts)
-        yield flat_index(step, batch.index), hidden
+        yield flat_index(step, batch.index if at is None else [at[i] for i in batch.index]), hidden
 
 
 def score(
-    lm: LanguageModel, rollouts: Sequence[Rollout], step: Step, support: Support, *, budget: int, top_k: int = 0
-) -> Scores:
+    lm: LanguageModel, rollouts: Sequence[Rollout], step: Step, support: Support, *, budget: int, top_k: int = 0,
+    at: Sequence[int] | None = None, bad: BadScores = "stop", view: str = "",
+) -> Scores:  # fmt: skip
     """Score a step's tokens with a model. `top_k` asks for the model's own list beside what the support needs.
 
-    The candidates of TopK also need `step.views["student"]`. Raises NonFiniteError when the model returns NaN or inf.
+    `view` is the name under which the rollouts may hold the model's states (`rollouts.early`).
+    `rollouts` are the step's sequences `at` (None = all of them); the scores are those of their tokens. The candidates of
+    TopK also need `step.views["student"]`. A model that returns NaN or inf: with `bad` stop NonFiniteError, with mask
+    these tokens are marked in `Scores.bad` and given neutral numbers (`views.bad`).
     """
     parts = [
         (index, score_batch(lm.head(), hidden, step.rows(index), support, top_k))
-        for index, hidden in hidden_rows(lm, rollouts, step, budget)
+        for index, hidden in hidden_rows(lm, rollouts, step, budget, at, view)
     ]
-    back = torch.argsort(torch.cat([index for index, _ in parts]))
+    index = torch.cat([index for index, _ in parts])
+    back = torch.argsort(index)
     scores = _join([s for _, s in parts], back)
-    bad = ~torch.isfinite(scores.sampled)
+    wrong = ~torch.isfinite(scores.sampled)
     if scores.candidates is not None:
-        bad |= ~torch.isfinite(scores.candidates.teacher).all(-1)
-    if bool(bad.any()):
-        sequences = step.layout.seq[bad].unique().tolist()
-        raise NonFiniteError(
-            f"model '{lm.name}' ({lm.path}) returned NaN or infinite log-probs for {int(bad.sum())} of {bad.numel()} "
-            f"tokens, in sequences {sequences[:5]} of the step; check its weights and dtype"
-        )
-    return scores
+        wrong |= ~torch.isfinite(scores.candidates.teacher).all(-1)
+    if not bool(wrong.any()):
+        return scores
+    if bad == "mask":
+        return neutral(scores, wrong, step.rows(index[back]).views.get("student"))
+    sequences = step.layout.seq[index[back]][wrong].unique().tolist()
+    raise NonFiniteError(
+        f"model '{lm.name}' ({lm.path}) returned NaN or infinite log-probs for {int(wrong.sum())} of {wrong.numel()} "
+        f"tokens, in sequences {sequences[:5]} of the step; check its weights and dtype, or leave such tokens out with "
+        "train.bad_scores: mask"
+    )
 
 
 def score_batch(head: Head, hidden: Float[Tensor, "n D"], rows: Step, support: Support, top_k: int) -> Scores:

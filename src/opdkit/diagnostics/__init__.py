@@ -1,0 +1,1 @@
+"""Measurements that say before a run what it can and cannot do."""
