@@ -108,7 +108,11 @@ def run(name: str, cell: Cell) -> Json:
         loss = CONTENDERS[name](x, hidden, weight, cell.loss, cell.tokens)
     loss.backward()
     seconds = time.perf_counter() - start
-    return {"seconds": seconds, "peak": measure.peak() - before, "kept": None if name == "liger" else sum(kept.values())}
+    return {
+        "seconds": seconds,
+        "peak": measure.peak() - before,
+        "kept": None if name == "liger" else sum(kept.values()),
+    }
 
 
 def errors(cell: Cell, names: list[str]) -> dict[str, float]:

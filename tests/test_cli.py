@@ -78,7 +78,7 @@ def test_train_help_lists_every_field_and_cuts_nothing(width: int) -> None:
         assert "sampling.eos_ids list[int] | null, default null token ids" in words
         assert "task.train_size int | null, default null training problems; null = all rows" in words
         assert "optim.betas tuple[float, float], default [0.9, 0.999] AdamW" in words
-        assert "task.kind testbed | reasoning_gym | file | dataset, required where prompts" in words
+        assert "task.kind testbed | reasoning_gym | file | dataset | verifiers, required where prompts" in words
 
 
 def test_version() -> None:

@@ -280,6 +280,7 @@ def test_hooks_keep_their_state_in_the_checkpoint(recipe_data, tmp_path, monkeyp
 def test_a_controller_limits_the_next_rollouts_and_is_resumed(recipe_data, monkeypatch, when):
     from dataclasses import dataclass, replace
 
+    from opdkit import serialise
     from opdkit.train import setup
 
     @dataclass(frozen=True)
@@ -310,8 +311,7 @@ def test_a_controller_limits_the_next_rollouts_and_is_resumed(recipe_data, monke
 
     real = setup.build_method
     monkeypatch.setattr(setup, "build_method", lambda *a: replace(real(*a), controllers=(Shorter(when),)))
-    monkeypatch.setattr("opdkit.train.loop.run_information", lambda s: {})
-    monkeypatch.setattr("opdkit.train.record.run_information", lambda s: {})
+    monkeypatch.setitem(serialise._TYPES, "Shorter", Shorter)
     run(recipe_data, train__steps=2)
     path = run(recipe_data, train__steps=3, resume=True)
     logged = metrics(path)

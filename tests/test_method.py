@@ -252,7 +252,7 @@ def test_foreign_parts_are_not_serialised_and_not_loaded():
     with pytest.raises(MethodError, match="cannot serialise"):
         encode({"x": object()})
     with pytest.raises(
-        MethodError, match="unknown type 'Popen' in a serialised method; known: .*ClippedPolicyGradient, CrossEntropy"
+        MethodError, match=r"unknown type 'Popen' in a serialised method; known: .*ClippedPolicyGradient, CrossEntropy"
     ):
         decode({"type": "Popen", "args": "ls"})
     assert decode(encode(Sampled())) == Sampled() and decode(encode((1, None, True))) == (1, None, True)

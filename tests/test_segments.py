@@ -114,7 +114,7 @@ def test_text_in_between_is_read_and_not_trained_on(lm):
         assert len(rollout.response_ids) <= how.max_new_tokens
     assert heard >= 2
     step = flatten(found, head=lm.head())
-    again = score(lm, found, step, Sampled(), budget=1000)  # the record is that of the model which reads the whole response
+    again = score(lm, found, step, Sampled(), budget=1000)  # of a model that reads the whole response
     torch.testing.assert_close(again.sampled, step.views["student"].sampled, atol=2e-4, rtol=1e-4)
 
 

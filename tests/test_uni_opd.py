@@ -252,9 +252,11 @@ def test_reduces_to_plain_opd_where_every_prompt_is_one_sided_or_delta_is_minus_
                    terms=(Term(signal=R, reduction="seq_mean_token_mean"),))  # fmt: skip
     expected = gradient_on(plain, P, Q, "++--", **LONG)
     assert torch.equal(gradient_on(build_method("uni_opd", {}), P, Q, "++--", **LONG), expected)
-    assert torch.equal(gradient_on(build_method("uni_opd", {"delta": -inf}), P, Q, "+--+", **LONG), expected)
+    assert torch.equal(gradient_on(build_method("uni_opd", {"least_margin": -inf}), P, Q, "+--+", **LONG), expected)
     assert torch.equal(gradient_on(build_method("uni_opd", {"margin": "none"}), P, Q, "+--+", **LONG), expected)
-    assert (gradient_on(build_method("uni_opd", {"delta": 5.0}), P, Q, "+--+", **LONG) - expected).abs().max() > 0.05
+    assert (
+        gradient_on(build_method("uni_opd", {"least_margin": 5.0}), P, Q, "+--+", **LONG) - expected
+    ).abs().max() > 0.05
 
 
 def test_the_shift_is_an_outcome_policy_gradient_with_a_coefficient_for_each_prompt():
@@ -279,7 +281,7 @@ def test_every_response_has_equal_weight_whatever_its_length_and_order():
 
 
 def test_masked_responses_and_tokens_out_of_range_have_no_gradient():
-    masked = gradient_on(build_method("uni_opd", {"margin": "mask", "delta": 9.0}), P, Q, "++--",
+    masked = gradient_on(build_method("uni_opd", {"margin": "mask", "least_margin": 9.0}), P, Q, "++--",
                          [3, 1, 4, 1, 5, 9, 2], [0, 0, 0, 1, 2, 2, 3], [0, 0, 0, 0])  # fmt: skip
     zero = masked.abs().max(-1).values == 0
     assert zero.sum() in (2, 3, 4, 5) and not zero.all()
@@ -299,7 +301,7 @@ def test_its_expected_gradient_at_a_prefix_is_that_of_the_reverse_kl():
     ("arguments", "said"),
     [
         ({"margin": "mask", "direction": "up"}, "direction has no effect with margin = 'mask'"),
-        ({"margin": "none", "delta": 0.1}, "delta, mode and scope has no effect"),
+        ({"margin": "none", "least_margin": 0.1}, "least_margin, mode and scope has no effect"),
         ({"keep": 0.5}, "keep has no effect with margin = 'shift'"),
         ({"teacher": {}}, "names no teacher"),
     ],

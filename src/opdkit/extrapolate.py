@@ -49,7 +49,7 @@ class EffOPD(Value):
     accept: Accept = "better"
     moved: Moved = "blocks"
     reference: Reference = "accepted"
-    name: str = "effopd"
+    name: str = "jump"
 
     def __post_init__(self) -> None:
         for field, hint in (("accept", Accept), ("moved", Moved), ("reference", Reference)):

@@ -112,8 +112,8 @@ class Method:
         for early in self._early():
             self._check_early(early)
         if (self.watch or self.prepare) and "policy" not in self.rollouts:
-            raise MethodError(f"method {self.name}: prepare steps and watched pieces read the source 'policy', but the rollout "
-                              f"sources are {', '.join(self.rollouts)}")  # fmt: skip
+            raise MethodError(f"method {self.name}: prepare steps and watched pieces read the source 'policy', but the "
+                              f"rollout sources are {', '.join(self.rollouts)}")  # fmt: skip
         for piece in self.watch.values():
             flat(piece, "watch")
             self._check_needs([(repr(who), *need.split(".", 1)) for who, need in piece.needs], "policy")  # type: ignore[misc]

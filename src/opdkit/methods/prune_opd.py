@@ -28,27 +28,11 @@ from opdkit.support import TopK
 
 
 def prune_opd(
-    *,
-    teacher: str = "teacher",
-    k: int = 16,
-    event: Literal["overlap", "accept"] = "overlap",
-    gamma: float = 0.7,
-    accept: float = 0.95,
-    drop: float = 0.01,
-    base: float = 0.5,
-    adapt: bool = True,
-    start: int = 1024,
-    least: int = 1024,
-    most: int | None = None,
-    step: int = 100,
-    margin: int = 100,
-    hits: float = 0.1,
-    patience: int = 3,
-    stop_every: int | None = None,
-    low: float | None = None,
-    high: float | None = None,
-    dual: float | None = None,
-) -> Method:
+    *, teacher: str = "teacher", k: int = 16, event: Literal["overlap", "accept"] = "overlap", gamma: float = 0.7,
+    accept: float = 0.95, drop: float = 0.01, base: float = 0.5, adapt: bool = True, start: int = 1024, least: int = 1024,
+    most: int | None = None, step: int = 100, margin: int = 100, hits: float = 0.1, patience: int = 3,
+    stop_every: int | None = None, low: float | None = None, high: float | None = None, dual: float | None = None,
+) -> Method:  # fmt: skip
     if (gamma != 0.7 and event != "overlap") or (accept != 0.95 and event != "accept"):
         raise ValueError("gamma belongs to event overlap and accept to event accept; remove the other one")
     if not adapt and (start, least, most, step, margin, hits, patience) != (1024, 1024, None, 100, 100, 0.1, 3):

@@ -40,7 +40,9 @@ class Rollout:
     source: str = "policy"
     trained: tuple[bool, ...] | None = None  # per response token; None = all (False: tool output)
     turns: tuple[int, ...] | None = None  # per response token, from 0; None = one turn
-    calls: tuple[str, ...] | None = None  # how each call of a tool went: "ok", "error" or "timeout"; None = without tools
+    calls: tuple[str, ...] | None = (
+        None  # how each call of a tool went: "ok", "error" or "timeout"; None = without tools
+    )
     final: str | None = None  # what the model wrote in the last of several turns, for the verifier; None = text
     version: int = 0  # optimiser steps that the sampling student had behind it
     capture: Capture | None = None  # one row per trained token

@@ -54,7 +54,9 @@ def evaluate(setup: Setup, lm: LanguageModel, step: int) -> dict[str, Any]:
         if setup.recipe.task.verifier_errors == "incorrect":
             record["verifier_errors"] = int(setup.processes.total([float(sum(r.unjudged for r in rollouts))])[0])
         means = averages(summed(setup.processes.gather([rollout_metrics(rollouts)])))
-        record |= {k: v for k, v in means.items() if k in ("response_length", "clipped_share") or k.startswith("tools/")}
+        record |= {
+            k: v for k, v in means.items() if k in ("response_length", "clipped_share") or k.startswith("tools/")
+        }
     if lm.name == "student" and e.kl_prompts and setup.teachers:
         record |= held_out_kl(setup, lm)
     return record

@@ -37,7 +37,8 @@ class Rolling:
     def step(self, step: int, state: Mapping[str, Any] | None = None) -> dict[str, list[Rollout]]:
         """Draw the step's prompts, roll out this process's part of them, verify and run the method's prepare steps.
 
-        `state` is that of the method's controllers, which may lower the response limit. `Rollout.group` is the prompt's number among all prompts of the step.
+        `state` is that of the method's controllers, which may lower the response limit. `Rollout.group` is the prompt's number
+        among all prompts of the step.
         """
         setup, mine = self.setup, self.setup.processes.mine
         seed, limit = derive_seed(setup.recipe.seed, "sample", step), self._limit(state or {})
@@ -84,7 +85,12 @@ class Rolling:
         """Put all processes' fresh samples into every buffer, in the order that one process would have."""
         if not self.buffers:
             return
-        fresh = [replace(r, capture=None, states={}) for rollouts in found.values() for r in rollouts if r.capture is not None]
+        fresh = [
+            replace(r, capture=None, states={})
+            for rollouts in found.values()
+            for r in rollouts
+            if r.capture is not None
+        ]
         every = sorted(self.setup.processes.gather(fresh), key=lambda r: r.group)
         for buffer in self.buffers.values():
             buffer.add(every)
