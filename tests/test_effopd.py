@@ -251,7 +251,7 @@ def test_adapters_are_the_parameters_under_lora(recipe_data):
 
     newest = latest_checkpoint(path)
     assert newest is not None
-    reference = load_checkpoint(newest)["method"]["effopd"]["reference"]
+    reference = load_checkpoint(newest)["method"]["jump"]["reference"]
     assert reference and all("lora_" in name for name in reference)
     expected = {f"base_model.model.{name.replace('.default', '')}": p for name, p in reference.items()}
     assert same(stored(path), expected)
