@@ -14,8 +14,9 @@ from pathlib import Path
 import yaml
 
 from opdkit.catalogue import method_function, method_names
-from opdkit.config import fields, recipe_path
+from opdkit.config import recipe_path
 from opdkit.errors import RecipeError
+from opdkit.fields import fields
 
 ROOT = Path(__file__).parents[1]
 SYSTEMS = ("trl", "verl", "ms-swift", "opdkit")

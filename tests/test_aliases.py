@@ -17,8 +17,9 @@ from opdkit.aliases.table import known_names, look_up, meanings, peers
 from opdkit.aliases.values import MISSING, SINGLE
 from opdkit.catalogue import build_method, method_function, method_names
 from opdkit.cli import app
-from opdkit.config import Recipe, fields, load_recipe, parse_recipe, recipe_data
+from opdkit.config import Recipe, load_recipe, parse_recipe, recipe_data
 from opdkit.errors import RecipeError
+from opdkit.fields import fields
 from opdkit.losses import ClippedPolicyGradient, Divergence
 from opdkit.method import Method, Term, View
 from opdkit.signals import log_ratio

@@ -13,8 +13,9 @@ from typer.testing import CliRunner
 
 import opdkit
 from opdkit.cli import app
-from opdkit.config import Recipe, fields, parse_recipe
+from opdkit.config import Recipe, parse_recipe
 from opdkit.errors import DataError, MethodError, ModelError, NonFiniteError, OpdkitError, RecipeError, RunError
+from opdkit.fields import fields
 
 RECIPE = """
 method: {name: opd}

@@ -337,6 +337,4 @@ def test_combinations_run_and_resume_without_a_new_file(recipe_data):
     run(recipe_data, method=method, train__steps=4, resume=True)
     rows = metrics(path)
     assert [row["step"] for row in rows] == [1, 2, 3, 4] and all(0 <= row["drift"] <= 1 for row in rows)
-    assert (
-        all(row["response_length"] <= 8 and "length/limit" in row for row in rows) and rows[1]["jump/responses"] == 8
-    )
+    assert all(row["response_length"] <= 8 and "length/limit" in row for row in rows) and rows[1]["jump/responses"] == 8

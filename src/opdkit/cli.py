@@ -4,12 +4,8 @@ Left out on purpose: flags for settings (an override `section.key=value` reaches
 each command imports what it calls when it runs, because `opd --help` must not wait for torch.
 """
 
-import ast
-import json
 import logging
 import os
-import re
-from itertools import groupby
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -46,11 +42,6 @@ Gpus = Annotated[
     int | None, typer.Option("--gpus", metavar="N", help="Number of GPUs; 8 for a recipe with sharding, else 1.")
 ]
 
-FIELDS_INTRO = (
-    "Every setting of a recipe. In the YAML file a setting stands under its section; on the command line it is "
-    "written section.key=value, and the value is read as YAML: 1e-3, true, null, [a, b], {level: 2}."
-)
-
 
 class Group(TyperGroup):
     """The command group: an opdkit error becomes one line on stderr and an exit code, any other error is our bug.
@@ -73,6 +64,8 @@ class RecipeCommand(TyperCommand):
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         super().format_help(ctx, formatter)
+        from opdkit.fields import print_fields
+
         print_fields()
 
 
@@ -236,14 +229,15 @@ def methods_command() -> None:
     from rich.table import Table
 
     from opdkit.catalogue import method_table
+    from opdkit.fields import console, plain
 
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_edge=False)
     table.add_column("method", style="bold cyan", overflow="fold")
     table.add_column("idea", overflow="fold", ratio=1)
     table.add_column("paper", overflow="fold")
     for name, idea, paper in method_table():
-        table.add_row(*(_plain(cell) for cell in (name, idea, paper)))
-    _console().print(table)
+        table.add_row(*(plain(cell) for cell in (name, idea, paper)))
+    console().print(table)
     typer.echo("\nopd explain METHOD prints its equation, arguments and composition.")
 
 
@@ -288,57 +282,6 @@ def export_command(
     from opdkit.train.export import export
 
     typer.echo(str(export(Path(run), step=step, to=to, merge=merge, dtype=dtype)))
-
-
-def print_fields() -> None:
-    """Print every recipe field by section: its name, type, default and what it means, with its unit."""
-    from rich.table import Table
-
-    from opdkit.config import fields
-
-    console = _console()
-    console.print(_plain(FIELDS_INTRO))
-    known = list(fields())
-    width = max(len(name) for name, *_ in known)
-    for section, rows in groupby(known, key=lambda row: row[0].rpartition(".")[0]):
-        table = Table.grid(padding=(0, 2, 0, 0))
-        table.add_column(style="bold cyan", min_width=width, overflow="fold")
-        table.add_column(overflow="fold")
-        for name, kind, default, meaning in rows:
-            table.add_row(_plain(name), _plain(f"{_yaml_type(kind)}, {_yaml_default(default)}\n{_yaml_none(meaning)}"))
-        console.print()
-        console.print(_plain(section or "top level"), style="bold")
-        console.print(table)
-
-
-def _console() -> Any:
-    from rich.console import Console
-
-    return Console(highlight=False, markup=False)
-
-
-def _plain(text: str) -> Any:
-    """Text that rich prints as it is: brackets are not markup, nothing is cut."""
-    from rich.text import Text
-
-    return Text(text)
-
-
-def _yaml_none(text: str) -> str:
-    return re.sub(r"\bNone\b", "null", text)
-
-
-def _yaml_type(kind: str) -> str:
-    """A Python annotation in the words of a recipe: `Optional[Literal['a', 'b']]` is `a | b | null`."""
-    kind = re.sub(r"Literal\[(.*?)\]", lambda found: found[1].replace("'", "").replace(", ", " | "), kind)
-    return _yaml_none(re.sub(r"^Optional\[(.*)\]$", r"\1 | None", kind))
-
-
-def _yaml_default(default: str) -> str:
-    """A default as one would type it in YAML; JSON is YAML, and plain words need no quotes."""
-    if default == "required":
-        return default
-    return "default " + re.sub(r'^"(.+)"$', r"\1", json.dumps(ast.literal_eval(default)))
 
 
 if __name__ == "__main__":

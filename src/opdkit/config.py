@@ -6,7 +6,7 @@ nearest valid one. This module must import neither torch nor transformers: `opd 
 
 import difflib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 from types import UnionType
@@ -21,6 +21,13 @@ from opdkit.overrides import apply_override, parse_override
 Positive = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 BadScores = Literal["stop", "mask"]
+SOURCE = {
+    "testbed": "name",
+    "reasoning_gym": "name",
+    "file": "path",
+    "dataset": "path",
+    "verifiers": "path",
+}  # of a task
 LOG = logging.getLogger("opdkit.recipe")  # the command line prints it
 
 
@@ -222,43 +229,15 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _check_task(self) -> "Recipe":
-        needs = {"testbed": "name", "reasoning_gym": "name", "file": "path", "dataset": "path", "verifiers": "path"}[
-            self.task.kind
-        ]
-        if getattr(self.task, needs) is None:
+        if getattr(self.task, (needs := SOURCE[self.task.kind])) is None:
             raise ValueError(f"task.kind '{self.task.kind}' needs task.{needs}")
         return self
 
 
-def fields(section: type[BaseModel] = Recipe, prefix: str = "") -> Iterator[tuple[str, str, str, str]]:
-    """Yield (dotted name, type, default, description with unit) of every field of a recipe."""
-    for name, info in section.model_fields.items():
-        kind = info.annotation
-        if (inner := _section(kind)) is not None:
-            yield from fields(inner, f"{prefix}{name}.")
-            continue
-        if name == "teachers":
-            yield from fields(ModelConfig, f"{prefix}teachers.NAME.")
-            continue
-        default = "required" if info.is_required() else repr(info.default)
-        yield f"{prefix}{name}", _type_name(kind), default, info.description or ""
-
-
-def _section(kind: Any) -> type[BaseModel] | None:
+def section_of(kind: Any) -> type[BaseModel] | None:
     """The section that an annotation stands for, also behind `| None`."""
     found = [k for k in (kind, *get_args(kind)) if isinstance(k, type) and issubclass(k, Section)]
     return found[0] if found and get_origin(kind) in (None, Union, UnionType) else None
-
-
-def _type_name(kind: Any) -> str:
-    """A Python annotation as text, without the bounds that the description's error messages give."""
-    if get_origin(kind) is Annotated:
-        return _type_name(get_args(kind)[0])
-    if get_origin(kind) in (Union, UnionType):
-        return " | ".join(_type_name(part) for part in get_args(kind))
-    if kind is type(None):
-        return "None"
-    return str(kind).replace("typing.", "") if get_args(kind) else kind.__name__
 
 
 def recipe_path(name: str) -> Path:
@@ -329,7 +308,7 @@ def _explain(problem: Any) -> str:
             info = section.model_fields.get(str(part))
             if info is None:  # the name of a teacher
                 section = ModelConfig
-            elif (inner := _section(info.annotation)) is not None:
+            elif (inner := section_of(info.annotation)) is not None:
                 section = inner
         return f"unknown key '{where}'{nearest(str(problem['loc'][-1]), list(section.model_fields))}"
     message = problem["msg"].removeprefix("Value error, ")

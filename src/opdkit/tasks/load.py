@@ -6,7 +6,7 @@ Left out: tokens (`prompts`) and running the verifier (`rewards.verify`).
 from collections.abc import Sequence
 from dataclasses import replace
 
-from opdkit.config import TaskConfig
+from opdkit.config import SOURCE, TaskConfig
 from opdkit.errors import DataError, RecipeError
 from opdkit.tasks.problem import Problem, Task, Verifier
 
@@ -42,8 +42,7 @@ def check_settings(config: TaskConfig) -> None:
             raise RecipeError(
                 f"task.{name} = {getattr(config, name)!r} has no effect with task.kind '{config.kind}'; remove it"
             )
-    needs = "path" if config.kind in ("file", "dataset", "verifiers") else "name"
-    if getattr(config, needs) is None:
+    if getattr(config, (needs := SOURCE[config.kind])) is None:
         raise RecipeError(f"task.kind '{config.kind}' needs task.{needs}")
     if config.upsample_shape is not None and config.upsample is None:
         raise RecipeError(f"task.upsample_shape = {config.upsample_shape!r} has no effect without task.upsample")
