@@ -303,6 +303,9 @@ def test_a_controller_limits_the_next_rollouts_and_is_resumed(recipe_data, monke
             assert values.max() <= state["limit"] and values.shape == (8,)
             return {"limit": state["limit"] - 1, "seen": state["seen"] + 1}
 
+        def check(self, window):
+            assert window == recipe_data["sampling"]["max_new_tokens"]
+
         def response_limit(self, state):
             return state["limit"]
 

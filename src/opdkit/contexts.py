@@ -14,10 +14,9 @@ from typing import Any, Literal, Protocol, get_args, runtime_checkable
 from opdkit.errors import DataError, MethodError, RecipeError
 from opdkit.rollouts.rollout import Rollout
 from opdkit.serialise import register
-from opdkit.tasks.problem import LazySequence, Message, Problem
+from opdkit.tasks.problem import PROBE, LazySequence, Message, Problem
 from opdkit.values import Value
 
-PROBE = 16  # problems that are looked at where they are generated
 Style = Literal["solution", "attempt", "example"]
 STYLES: dict[Style, tuple[str, str]] = {  # heading of a solution, instruction
     "solution": (

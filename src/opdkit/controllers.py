@@ -36,6 +36,10 @@ class Controller(Protocol):
         """What `measure` reads, as "VIEW.FIELD" (opdkit.pieces)."""
         ...
 
+    def check(self, window: int) -> None:
+        """Raise RecipeError where it has no effect on runs whose sampling.max_new_tokens is `window`."""
+        ...
+
     def init(self) -> State: ...
 
     def measure(self, step: Step) -> Float[Tensor, " n"]:

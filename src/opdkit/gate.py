@@ -48,6 +48,9 @@ class EntropyGate(Value):
     def needs(self) -> tuple[str, ...]:
         return (f"{self.view}.sampled",)
 
+    def check(self, window: int) -> None:
+        """It limits no length: any window will do."""
+
     def init(self) -> State:
         return {"warmup": [], "closed": False, "open": False, "entropy": 0.0}
 

@@ -36,7 +36,8 @@ def _flat(of: Piece, **_: object) -> None:
 @piece(check=_flat)
 def distillation_return(step: Step, *, of: Piece) -> Float[Tensor, " N"]:
     """G of every token's response: the mean of the token rewards `of` over its usable tokens, in nats/token."""
-    return step.layout.spread(returns(step, of).of_each.to(of(step).dtype))
+    found = returns(step, of)
+    return step.layout.spread(found.of_each.to(found.reward.dtype))
 
 
 @piece("rollouts.correct", "rollouts.{scope}", check=_flat)
@@ -55,9 +56,8 @@ def margin_shift(
     both does half of each. In mode mean the new margin is delta. Prompts with m >= delta or with one side only are left as
     they are, to the bit. Default: the main experiments' (nats/token).
     """
-    reward = of(step)
     found = returns(step, of)
-    shift = torch.zeros_like(found.of_each)
+    reward, shift = found.reward, torch.zeros_like(found.of_each)
     for right, wrong in sides(step, found.counted, scope):
         gap = delta - margin(found.of_each[right], found.of_each[wrong], mode)
         if gap > 0:
@@ -87,7 +87,7 @@ def margin_mask(
     stays = torch.ones_like(found.of_each)
     for right, wrong in sides(step, found.counted, scope):
         stays[remove(found.of_each, right, wrong, delta, keep, mode)] = 0.0
-    return step.layout.spread(stays.to(of(step).dtype))
+    return step.layout.spread(stays.to(found.reward.dtype))
 
 
 @piece("rollouts.correct", "rollouts.{scope}", check=_flat)
@@ -100,7 +100,7 @@ def below_margin(
     for right, wrong in sides(step, found.counted, scope):
         if margin(found.of_each[right], found.of_each[wrong], mode) < delta:
             below[torch.cat([right, wrong])] = 1.0
-    return step.layout.spread(below.to(of(step).dtype))
+    return step.layout.spread(below.to(found.reward.dtype))
 
 
 @piece("{num}.sampled", "{den}.sampled")
@@ -124,17 +124,17 @@ def within_log_ratio(
 class Returns:
     """G of every response, and whether it has any usable token (else G is 0 and it stands on neither side)."""
 
+    reward: Float[Tensor, " N"]  # of the tokens, as it was given
     of_each: Float[Tensor, " S"]  # float64
     counted: Bool[Tensor, " S"]
 
 
 def returns(step: Step, of: Piece) -> Returns:
     """The mean of a token reward over each response's tokens on which the views that it reads gave numbers."""
-    reward, layout = of(step).double(), step.layout
-    known = usable(step, of)
-    there = torch.ones_like(reward) if known is None else known.double()
+    reward, layout, known = of(step), step.layout, usable(step, of)
+    there = torch.ones_like(reward, dtype=torch.float64) if known is None else known.double()
     count = layout.seq_sum(there)
-    return Returns(layout.seq_sum(reward * there) / count.clamp(min=1), count > 0)
+    return Returns(reward, layout.seq_sum(reward.double() * there) / count.clamp(min=1), count > 0)
 
 
 def sides(step: Step, counted: Bool[Tensor, " S"], scope: Scope) -> list[tuple[Int[Tensor, " c"], Int[Tensor, " i"]]]:

@@ -116,17 +116,15 @@ class Method:
                               f"rollout sources are {', '.join(self.rollouts)}")  # fmt: skip
         for piece in self.watch.values():
             flat(piece, "watch")
-            self._check_needs([(repr(who), *need.split(".", 1)) for who, need in piece.needs], "policy")  # type: ignore[misc]
+            self._check_needs(_read_by(piece), "policy")
         for name in self.views:
             if not any(view == name for _, view, _ in self._all_needs()):
                 raise MethodError(f"method {self.name}: no term reads view '{name}'; remove it or use it")
 
     def _needs(self, term: Term) -> list[tuple[str, str, str]]:
         """(who reads, view, field) of a term's signal, weight and loss."""
-        pieces = [p for p in (term.signal, term.weight) if p is not None]
-        found = [(repr(who), need) for p in pieces for who, need in p.needs]
-        found += [(repr(term.loss), need) for need in term.loss.needs()]
-        return [(who, *need.split(".", 1)) for who, need in found]  # type: ignore[misc]
+        found = [need for piece in (term.signal, term.weight) if piece is not None for need in _read_by(piece)]
+        return found + _split(term.loss, term.loss.needs())
 
     def _check(self, term: Term) -> None:
         if term.on not in self.rollouts:
@@ -188,7 +186,7 @@ class Method:
     def _all_needs(self) -> list[tuple[str, str, str]]:
         """(who reads, view, field) of all terms, controllers, prepare steps and watched pieces."""
         found = [need for term in self.terms for need in self._needs(term)]
-        found += [(repr(who), *need.split(".", 1)) for p in self.watch.values() for who, need in p.needs]  # type: ignore[misc]
+        found += [need for piece in self.watch.values() for need in _read_by(piece)]
         contexts = [view.context for view in self.views.values() if view.context != "own"]
         parts: list[Controller | Prepare | Hook | Context | EarlyStop]
         parts = [*self.controllers, *self.prepare, *self.after_update, *contexts, *self._early()]
@@ -287,9 +285,14 @@ class Method:
         return method
 
 
+def _read_by(piece: Piece) -> list[tuple[str, str, str]]:
+    return [need for who, what in piece.needs for need in _split(who, (what,))]
+
+
 def _split(
-    part: Controller | Prepare | Hook | Context | EarlyStop, needs: tuple[str, ...]
+    part: Piece | Loss | Controller | Prepare | Hook | Context | EarlyStop, needs: tuple[str, ...]
 ) -> list[tuple[str, str, str]]:
+    """(who reads, view, field) of some needs."""
     return [(repr(part), *need.split(".", 1)) for need in needs]  # type: ignore[misc]
 
 

@@ -16,12 +16,12 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from opdkit.divergences import NO_MASS
+from opdkit.drift import ROWS
 from opdkit.pieces import Piece
 from opdkit.rollouts.rollout import Rollout
 from opdkit.step import Scores, Step, take_rows
 from opdkit.turns import turn_means, usable
 
-ROWS = 16384  # positions whose k x k comparisons are held at once
 TURNS = 8  # turns of a response that are logged each on its own; the last one stands for all later ones too
 
 
@@ -138,7 +138,8 @@ def step_metrics(
 ) -> Means:  # fmt: skip
     """Everything about one source's step. Several views get `/NAME` behind each of their numbers, several `domains` their
     own accuracy and reverse KL behind `/DOMAIN`, and responses of several turns their mean |log p - log q| in each of them as
-    `turn_gap/1`, ... `judged` are the rollouts before prepare steps left some of them out."""
+    `turn_gap/1`, ... `domains` are the names that `Step.domain` numbers; `judged` are the rollouts before prepare steps left
+    some of them out."""
     found = rollout_metrics(rollouts if judged is None else judged, domains)
     student = step.views.get("student")
     if student is None:
@@ -156,12 +157,12 @@ def step_metrics(
             ours, theirs = take_rows(replace(student, full=None), good), take_rows(replace(theirs, full=None), good)
         agreed = agreement(ours, theirs, min(k, vocab))
         found |= {key + suffix: value for key, value in agreed.items()}
-        for domain in domains if len(domains) > 1 else ():
-            its = torch.tensor([r.problem.domain == domain for r in rollouts], device=step.tokens.device)
-            own = its[step.layout.seq] if bad is None else its[step.layout.seq] & ~bad
-            found[f"reverse_kl{suffix}/{domain}"] = mean_and_count((student.sampled - step.views[name].sampled)[own])
-        gap = (student.sampled - step.views[name].sampled).abs()
-        found |= by_turn(f"turn_gap{suffix}", gap, step, step.usable([name]))
+        gap = student.sampled - step.views[name].sampled
+        for number, domain in enumerate(domains) if len(domains) > 1 else ():
+            assert step.domain is not None
+            own = step.domain.eq(number)[step.layout.seq]
+            found[f"reverse_kl{suffix}/{domain}"] = mean_and_count(gap[own if bad is None else own & ~bad])
+        found |= by_turn(f"turn_gap{suffix}", gap.abs(), step, step.usable([name]))
         if "overlap_ratio" in agreed:
             found["overlap_chance"] = (min(k, vocab) / vocab, 1.0)
         informed = step.views[name].informed

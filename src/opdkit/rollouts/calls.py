@@ -86,7 +86,7 @@ class TextCalls:
 
     def read(self, draft: Draft, lm: LanguageModel) -> list[Asked] | Literal["go on", "done"]:
         line = draft.written(lm.tokenizer)
-        if draft.finish != "stop_string" or not _whole(draft, lm).startswith(line + LINE):
+        if draft.finish != "stop_string" or not draft.newest(lm.tokenizer).startswith(line + LINE):
             return "done"  # EOS, the length limit, or one of the recipe's own stop strings
         return (
             [Asked(self.tool, {self.argument: line[len(self.word) :].strip()})]
@@ -108,10 +108,6 @@ def only_argument(environment: Environment, name: str) -> tuple[str, str]:
             f"first with {len(arguments)} arguments; set tools.calls: template"
         )
     return str(tools[0]["name"]), str(arguments[0])
-
-
-def _whole(draft: Draft, lm: LanguageModel) -> str:
-    return str(lm.tokenizer.decode(draft.ids[draft.since :], skip_special_tokens=True))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -65,11 +65,11 @@ class Draft:
 
     def written(self, tokenizer: Any) -> str:
         """The text since the last stop string, or since the turn began, up to the one that ended it."""
-        return (
-            self.cut
-            if self.cut is not None
-            else str(tokenizer.decode(self.ids[self.since :], skip_special_tokens=True))
-        )
+        return self.newest(tokenizer) if self.cut is None else self.cut
+
+    def newest(self, tokenizer: Any) -> str:
+        """All text since the last stop string, what stands behind the one that ended it included."""
+        return str(tokenizer.decode(self.ids[self.since :], skip_special_tokens=True))
 
     def last_turn(self, tokenizer: Any) -> str:
         """The text that the model wrote in its newest turn."""

@@ -14,8 +14,8 @@ from opdkit.contexts import Context, Material
 from opdkit.errors import DataError, RecipeError
 from opdkit.models import LanguageModel
 from opdkit.rollouts.rollout import Rollout
-from opdkit.tasks.problem import Problem
-from opdkit.tasks.prompts import PROBE, check_template, encode_prompt
+from opdkit.tasks.problem import PROBE, Problem
+from opdkit.tasks.prompts import check_template, encode_prompt
 
 Template = Literal["student", "own"]
 

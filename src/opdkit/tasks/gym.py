@@ -13,11 +13,10 @@ from typing import Any, Protocol, runtime_checkable
 from opdkit.config import TaskConfig, nearest
 from opdkit.errors import DataError, RecipeError
 from opdkit.rewards.isolated import Isolated
-from opdkit.tasks.problem import LazySequence, Problem, Task, Verdict, Verifier
+from opdkit.tasks.problem import PROBE, LazySequence, Problem, Task, Verdict, Verifier
 
 TRAIN_SIZE = 10_000
 _REDRAWS = 200
-_PROBE = 16
 _HALF = 2**30  # training seeds start below it, evaluation seeds lie this much higher
 _STRIDE = (
     10_000_019  # between the ranges of two task.seed values; a prime, so that ranges of other seeds do not meet soon
@@ -43,10 +42,10 @@ def gym_task(config: TaskConfig) -> Task:
     spare = max(size, 1000)
     dataset = _create(name, config.settings, start, size + spare)
     train = GeneratedProblems(name, dataset, size, spare, prompts)
-    redrawn = sum(train.source(i) != i for i in range(min(_PROBE, size)))
-    if redrawn > min(_PROBE, size) * 3 // 4:  # fail now, not when a redraw runs out in the middle of the run
+    redrawn = sum(train.source(i) != i for i in range(min(PROBE, size)))
+    if redrawn > min(PROBE, size) * 3 // 4:  # fail now, not when a redraw runs out in the middle of the run
         raise DataError(
-            f"reasoning-gym '{name}': {redrawn} of the first {min(_PROBE, size)} training prompts are held out; "
+            f"reasoning-gym '{name}': {redrawn} of the first {min(PROBE, size)} training prompts are held out; "
             "lower task.eval_size or make the task more varied with task.settings"
         )
     return Task(name=name, train=train, eval=held, verify=gym_verifier(name, config.settings, start, size + spare))

@@ -8,6 +8,7 @@ from typing import Any, TypeVar, overload
 from opdkit.config import TaskConfig
 
 T = TypeVar("T")
+PROBE = 16  # problems that are looked at where all of them would take too long
 
 Message = Mapping[str, Any]  # {"role": ..., "content": ...}, as chat templates read it
 
@@ -82,7 +83,7 @@ class Task:
     config: TaskConfig = TaskConfig(kind="file")
 
 
-def listed(task: Task, probe: int = 16) -> tuple[list[Problem], bool]:
+def listed(task: Task, probe: int = PROBE) -> tuple[list[Problem], bool]:
     """The training problems and whether these are all: of generated ones the first `probe` and the held-out ones."""
     if isinstance(task.train, list | tuple):
         return list(task.train), True

@@ -12,9 +12,8 @@ from transformers import PreTrainedTokenizerBase
 from opdkit.config import TaskConfig
 from opdkit.errors import DataError, ModelError, RecipeError
 from opdkit.tasks.messages import prompt_messages
-from opdkit.tasks.problem import LazySequence, Message, Problem
+from opdkit.tasks.problem import PROBE, LazySequence, Message, Problem
 
-PROBE = 16  # problems that are looked at where all of them would take too long
 _OURS = ("messages", "tools", "add_generation_prompt")
 _NO_ARGS: Mapping[str, Any] = {}
 

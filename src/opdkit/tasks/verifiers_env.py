@@ -6,7 +6,7 @@ Nothing of the library is imported: an environment is used through what its docu
 one message of the assistant: the text of the last turn.
 
 Left out: environments that answer by themselves (`env_response` of games), tools that are given the state of a rollout
-(StatefulToolEnv), rubrics that compare a group, and those that count tool calls (`RewardShaping` does that here).
+(StatefulToolEnv), rubrics that compare a group, and those that count tool calls (`CallBonus` does that here).
 """
 
 import asyncio

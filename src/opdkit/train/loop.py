@@ -16,7 +16,7 @@ import torch
 
 from opdkit.config import Recipe
 from opdkit.errors import NonFiniteError
-from opdkit.metrics import Clock, averages, peak_memory_mb, rollout_metrics, step_metrics, summed, watched
+from opdkit.metrics import Clock, averages, peak_memory_mb, step_metrics, summed, watched
 from opdkit.rollouts.flatten import flags, flatten
 from opdkit.rollouts.rollout import Rollout
 from opdkit.sources import OnPolicy
@@ -223,7 +223,7 @@ def measure(
     for label, piece in setup.method.watch.items():
         own |= watched(label, piece, steps["policy"])
     if setup.method.prepare and "reward" in own:
-        own["prepared_reward"] = rollout_metrics(rollouts[name])["reward"]
+        own["prepared_reward"] = (sum(r.reward or 0.0 for r in rollouts[name]), float(len(rollouts[name])))
     own["tokens"] = (float(sum(step.tokens.shape[0] for step in steps.values())), 1.0)
     own |= {key: (float(count), 1.0) for key, count in counts(setup, rollouts[name], steps[name], judged).items()}
     means = summed(setup.processes.gather([own]))

@@ -12,7 +12,6 @@ from opdkit.catalogue import build_method
 from opdkit.config import Recipe, nearest
 from opdkit.contexts import Material
 from opdkit.errors import ModelError, RecipeError
-from opdkit.length import LengthControl
 from opdkit.lora import EMA, LIVE
 from opdkit.losses import PolicyGradient
 from opdkit.method import Method, View
@@ -27,8 +26,8 @@ from opdkit.support import Full, TopK
 from opdkit.tasks.contexts import check_context, check_told, describe_difference, reread
 from opdkit.tasks.difficulty import upsampled
 from opdkit.tasks.load import load_task
-from opdkit.tasks.problem import Problem, Task, listed
-from opdkit.tasks.prompts import PROBE, EncodedProblems, encode_problems
+from opdkit.tasks.problem import PROBE, Problem, Task, listed
+from opdkit.tasks.prompts import EncodedProblems, encode_problems
 from opdkit.tasks.rows import prompt_key
 from opdkit.train.keep import to_keep
 from opdkit.train.optimise import updates_per_step
@@ -185,8 +184,7 @@ def check_processes(recipe: Recipe, method: Method, processes: Processes) -> Non
 def check_recipe(recipe: Recipe, method: Method) -> None:
     """Raise RecipeError for settings that contradict the method or would have no effect."""
     for controller in method.controllers:
-        if isinstance(controller, LengthControl):
-            controller.check(recipe.sampling.max_new_tokens)
+        controller.check(recipe.sampling.max_new_tokens)
     for who, teacher in method.asks:
         if teacher not in recipe.teachers:
             hint = nearest(teacher, list(recipe.teachers)) if recipe.teachers else "; the recipe has no teachers"
