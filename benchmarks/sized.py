@@ -114,7 +114,7 @@ class Steps:
 
             steps, found = watch("score", score)
         watch("update", lambda: loop.update(setup, self.optimiser, rollouts, steps, found, number))
-        watch("other", lambda: loop.measure(setup, rollouts, steps))
+        watch("other", lambda: loop.measure(setup, rollouts, steps, {}))
         drawn: list[Rollout] = rollouts["policy"]
         return drawn
 

@@ -36,12 +36,12 @@ def run_ours(setting: Setting, recipe: Recipe, out: Path) -> Json:
     peak: list[int] = []
     marks: list[tuple[float, float]] = []  # at the start of every step and the end of the last: CPU, inside
 
-    def first(self: Any, step: int) -> Any:
+    def first(self: Any, *arguments: Any) -> Any:
         if not base:
             _touch(self.setup.student.model, *(t.model for t in self.setup.teachers.values()))
             base.append(measure.reset_peak())
         marks.append((time.process_time(), watch.seconds))
-        return start(self, step)
+        return start(self, *arguments)
 
     def last(*arguments: Any) -> Any:
         peak.append(measure.peak() - base[0])
