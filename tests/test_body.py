@@ -8,7 +8,7 @@ from test_models import ARCHITECTURES, BASE, random_model
 
 from opdkit.rollouts import body, sampler
 from opdkit.rollouts.body import joined, make_body
-from opdkit.rollouts.cache import Part, attention, make_cache, unfused
+from opdkit.rollouts.cache import CACHE, Part, attention, make_cache, states_of, unfused
 from opdkit.rollouts.sampler import Keep, Sampling, sample
 
 LONG = {"max_position_embeddings": 256}
@@ -108,9 +108,9 @@ def test_weights_are_cast_once_and_keys_are_kept_in_half_precision():
         made = make_body(lm, 20)
         assert made is not None and made.dtype == torch.bfloat16
         cache = make_cache(lm.model.config)
-        lm.run(input_ids=torch.tensor([[3, 4, 5]]), past_key_values=cache, use_cache=True)
+        lm.run(input_ids=torch.tensor([[3, 4, 5]]), use_cache=True, **{CACHE: cache})
         assert {layer.keys.dtype for layer in cache.layers} == {torch.bfloat16}
-        part = Part(cache.layers, torch.tensor([0, 0]), None, made.dtype, shared=True)
+        part = Part(states_of(cache), torch.tensor([0, 0]), None, made.dtype, shared=True)
         made(torch.tensor([3, 4]), torch.tensor([3, 3]), [part])
         assert {t.dtype for buffer in part.own for t in buffer.room} == {torch.bfloat16}
         weight = torch.nn.Linear(4, 4)

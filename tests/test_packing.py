@@ -109,7 +109,13 @@ def test_a_prompt_stands_once_and_no_padding_anywhere() -> None:
     assert found.positions[0].tolist() == [0, 1, 2, 3, 4, 5, 3, 4, 5, 6, 7, 0, 1]
     assert found.rows.tolist() == [2, 3, 4, 5, 2, 2, 8, 9, 10, 11, 12]
     assert found.stretches == (
-        Stretch(0, 3, 0, 3), Stretch(3, 6, 3, 6), Stretch(6, 11, 6, 11), Stretch(11, 13, 11, 13), Stretch(3, 11, 0, 3)
+        Stretch(0, 3, 0, 3, True), Stretch(3, 11, 0, 3, False), Stretch(3, 6, 3, 6, True, True),
+        Stretch(6, 11, 6, 11, True, True), Stretch(11, 13, 11, 13, True),
+    )  # fmt: skip
+    assert found.ends.tolist() == [2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12]  # from the last token of every prompt on
+    assert found.end_stretches == (
+        Stretch(0, 9, 0, 3, False), Stretch(1, 4, 3, 6, True, True), Stretch(4, 9, 6, 11, True, True),
+        Stretch(9, 11, 11, 12, False), Stretch(10, 11, 12, 13, True, True),
     )  # fmt: skip
 
 
@@ -117,7 +123,8 @@ def test_responses_of_one_token_need_no_shared_keys() -> None:
     found = pack(ROLLOUTS[4:6])
     assert found.ids[0].tolist() == [4, 4]
     assert found.rows.tolist() == [1, 1]
-    assert found.stretches == (Stretch(0, 2, 0, 2),)
+    assert found.stretches == (Stretch(0, 2, 0, 2, True),)
+    assert found.end_stretches == (Stretch(0, 1, 0, 2, False),)
 
 
 def test_packs_hold_whole_groups_where_they_fit() -> None:

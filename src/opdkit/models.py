@@ -9,7 +9,7 @@ import logging
 import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ class LanguageModel:
     forward: Callable[..., Any] | None = None  # called in place of the base model: a sharded model's entry
     adapters: Adapters | None = None
     packs: bool = False  # whether it reads packed rows (opdkit.packing)
+    reads: bool = False  # whether its layers are known well enough to be written out (opdkit.reading)
     _vocab: int | None = field(default=None, init=False, repr=False)
 
     @property
@@ -157,6 +158,7 @@ def load_model(
     matches nothing, and RecipeError when `lora` is not how a stored adapter was made.
     """
     from opdkit.packing import enable
+    from opdkit.reading import agrees
 
     path = resolve_path(config.path)
     base = stored_base(path, name)
@@ -169,7 +171,9 @@ def load_model(
     loaded = LanguageModel(name, config.path, model.eval(), tokenizer, config.temperature, adapters=adapters)
     _check_tokenizer(loaded)
     loaded.check_head()
-    return replace(loaded, packs=enable(loaded.model))
+    loaded.packs = enable(loaded.model)
+    loaded.reads = agrees(loaded)
+    return loaded
 
 
 def load_models(recipe: Recipe, device: torch.device, seed: int) -> tuple[LanguageModel, dict[str, LanguageModel]]:

@@ -52,27 +52,39 @@ class _Trial(NamedTuple):
         return list(range(len(self.response_ids)))
 
 
+TRIAL = (
+    _Trial((1, 2, 3), (4, 5, 6)), _Trial((1, 2, 3), (5, 2)), _Trial((6, 7), (1, 3)), _Trial((6, 7), (7, 7, 2, 4)),
+)  # fmt: skip
+
+
 class Stretch(NamedTuple):
-    """Queries [start, stop) attend to keys [first, last): to all of them, or causally where both are the same."""
+    """Queries [start, stop) attend to keys [first, last): to all of them, or `causal` where these are the same tokens.
+
+    `more`: the queries have attended to an earlier stretch already.
+    """
 
     start: int
     stop: int
     first: int
     last: int
-
-    @property
-    def causal(self) -> bool:
-        return self.start == self.first
+    causal: bool
+    more: bool = False
 
 
 @dataclass(frozen=True)
 class Pack:
-    """Rollouts in one row of tokens. `rows` is where the hidden state that predicts each trained token stands."""
+    """Rollouts in one row of tokens. `rows` is where the hidden state that predicts each trained token stands.
+
+    In the last layer only the tokens `ends` have a state that is read: of each text the last token of its prompt and what
+    comes after it. `end_stretches` are their queries, numbered among themselves, against the keys of all tokens.
+    """
 
     ids: Int[Tensor, "1 T"]
     positions: Int[Tensor, "1 T"]
     rows: Int[Tensor, " n"]
-    stretches: tuple[Stretch, ...]  # every token's own text first, prompts of groups last
+    stretches: tuple[Stretch, ...]
+    ends: Int[Tensor, " E"]
+    end_stretches: tuple[Stretch, ...]
 
 
 def pack(rollouts: Sequence[Text]) -> Pack:
@@ -80,31 +92,39 @@ def pack(rollouts: Sequence[Text]) -> Pack:
     ids: list[int] = []
     positions: list[int] = []
     rows: list[int] = []
-    own: list[Stretch] = []
-    shared: list[Stretch] = []
+    ends: list[int] = []
+    everywhere: list[Stretch] = []
+    at_ends: list[Stretch] = []
     for prompt, group in groupby(rollouts, key=lambda r: r.prompt_ids):
         members, begin, length = list(group), len(ids), len(prompt)
+        behind = begin + length - 1 - len(ends)  # a token's place less its number among the ends
         ids += prompt
         positions += range(length)
-        if len(members) > 1:
-            own.append(Stretch(begin, len(ids), begin, len(ids)))
-        responses = len(ids)
+        replies: list[Stretch] = []
         for r in members:
             start = len(ids)
             ids += r.response_ids[:-1]
             positions += range(length, length + len(r.response_ids) - 1)
             rows += [start + i - 1 if i else begin + length - 1 for i in r.trained_index]
-            if len(members) > 1 and len(ids) > start:
-                own.append(Stretch(start, len(ids), start, len(ids)))
+            if len(ids) > start:
+                replies.append(Stretch(start, len(ids), start, len(ids), True, True))
+        stop, first = len(ids), begin + length
         if len(members) == 1:
-            own.append(Stretch(begin, len(ids), begin, len(ids)))
-        elif len(ids) > responses:
-            shared.append(Stretch(responses, len(ids), begin, responses))
-    return Pack(torch.tensor([ids]), torch.tensor([positions]), torch.tensor(rows), (*own, *shared))
+            everywhere.append(Stretch(begin, stop, begin, stop, True))
+        else:
+            everywhere.append(Stretch(begin, first, begin, first, True))
+            everywhere += [Stretch(first, stop, begin, first, False), *replies] if replies else []
+        ends += range(first - 1, stop)
+        at_ends.append(Stretch(first - 1 - behind, stop - behind, begin, first, False))
+        at_ends += [s._replace(start=s.start - behind, stop=s.stop - behind) for s in replies]
+    return Pack(
+        torch.tensor([ids]), torch.tensor([positions]), torch.tensor(rows), tuple(everywhere), torch.tensor(ends),
+        tuple(at_ends),
+    )  # fmt: skip
 
 
 class _Attention(torch.autograd.Function):
-    """softmax(scale q k^T) v over the stretches of a pack; all tensors [1, H, T, d]."""
+    """softmax(scale q k^T) v over stretches of a pack: queries [1, H, E, d], keys and values [1, H, T, d]."""
 
     @staticmethod
     def forward(ctx, q, k, v, stretches, scale):  # type: ignore[no-untyped-def]
@@ -113,7 +133,7 @@ class _Attention(torch.autograd.Function):
         for s in stretches:
             queries, keys = slice(s.start, s.stop), slice(s.first, s.last)
             found, norm = _forward(q[:, :, queries], k[:, :, keys], v[:, :, keys], 0.0, s.causal, scale=scale)
-            if not s.causal:  # these queries have seen their own text already
+            if s.more:
                 before, theirs = lse[:, :, queries], norm
                 norm = torch.logaddexp(before, theirs)
                 found = found * (theirs - norm).exp()[..., None]
@@ -146,12 +166,19 @@ def packed_attention(
     """transformers' attention function: over a pack where `packing` is given, else PyTorch's."""
     if packing is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **given)
+    if torch.is_autocast_enabled(query.device.type):  # the kernel is called below the dispatcher's casts
+        query, key, value = (t.to(torch.get_autocast_dtype(t.device.type)) for t in (query, key, value))
+    return attend(query, key, value, packing, given.get("scaling")).transpose(1, 2), None
+
+
+def attend(
+    query: Float[Tensor, "1 H E d"], key: Float[Tensor, "1 G T d"], value: Float[Tensor, "1 G T d"],
+    stretches: tuple[Stretch, ...], scale: float | None,
+) -> Float[Tensor, "1 H E d"]:  # fmt: skip
+    """Attention over the stretches of a pack, with gradients."""
     share = query.shape[1] // key.shape[1]
-    q, k, v = query, repeat_kv(key, share), repeat_kv(value, share)
-    if torch.is_autocast_enabled(q.device.type):  # the kernel is called below the dispatcher's casts
-        q, k, v = (t.to(torch.get_autocast_dtype(q.device.type)) for t in (q, k, v))
-    out = _Attention.apply(q, k, v, packing, given.get("scaling"))
-    return out.transpose(1, 2), None
+    found: Tensor = _Attention.apply(query, repeat_kv(key, share), repeat_kv(value, share), stretches, scale)  # type: ignore[no-untyped-call]
+    return found
 
 
 def inputs(found: Pack, device: torch.device) -> dict[str, Any]:
@@ -182,16 +209,17 @@ def enable(model: Any) -> bool:
 
 @torch.no_grad()
 def _reads_packs(model: Any) -> bool:
-    texts = [((1, 2, 3), (4, 5, 6)), ((1, 2, 3), (5, 2)), ((6, 7), (1, 3)), ((6, 7), (7, 7, 2, 4))]
-    found = pack([_Trial(prompt, response) for prompt, response in texts])
+    found = pack(TRIAL)
     body = model.base_model
     try:
         states = body(use_cache=False, **inputs(found, model.device)).last_hidden_state[0, found.rows]
     except TypeError:  # a forward pass that does not hand on its arguments
         return False
     rows = [
-        body(input_ids=torch.tensor([[*p, *r[:-1]]]), use_cache=False).last_hidden_state[0, len(p) - 1 :]
-        for p, r in texts
+        body(input_ids=torch.tensor([[*t.prompt_ids, *t.response_ids[:-1]]]), use_cache=False).last_hidden_state[
+            0, len(t.prompt_ids) - 1 :
+        ]
+        for t in TRIAL
     ]
     expected = torch.cat(rows)
     return bool((states - expected).abs().max() <= 1e-2 * expected.abs().max())

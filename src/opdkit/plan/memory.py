@@ -11,13 +11,13 @@ from math import ceil
 from typing import Any
 
 from opdkit.config import Recipe
+from opdkit.layers import KNOWN
 from opdkit.lm_head import BLOCK_ENTRIES, CHUNK_ENTRIES, DEVICE_BLOCK_ENTRIES
 from opdkit.method import Method
 from opdkit.plan.architectures import Architecture
 from opdkit.plan.counts import Counts, samples
 from opdkit.plan.rehearse import Rehearsal
 from opdkit.plan.texts import Lengths
-from opdkit.rollouts.body import KNOWN
 from opdkit.rollouts.cache import ROOM, SHARED, BufferLayer, make_cache
 from opdkit.rollouts.rollout import Rollout
 

@@ -21,6 +21,7 @@ from opdkit.plan.architectures import Architecture, build, linear_layers, shallo
 from opdkit.plan.counts import samples
 from opdkit.plan.memory import Job, Model
 from opdkit.plan.texts import PROBLEM
+from opdkit.reading import agrees
 from opdkit.rollouts.rollout import Capture, Rollout
 from opdkit.tasks.problem import Task
 from opdkit.tasks.prompts import EncodedProblems
@@ -141,6 +142,7 @@ def untrained(architecture: Architecture, layers: int, lora: LoraConfig | None =
     adapters = None if lora is None else attach(model, lora, "", name=name, seed=0)
     lm = LanguageModel(name, "", model.eval(), architecture.tokenizer or no_words(), adapters=adapters)
     lm._vocab, lm.packs = architecture.vocab, enable(lm.model)
+    lm.reads = agrees(lm)
     return lm
 
 

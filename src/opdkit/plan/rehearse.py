@@ -69,15 +69,15 @@ class Rehearsal:
         """Peak bytes of one decoding step beside the cache: B rows that have read T tokens, prompts of unlike length."""
 
         def measure(layers: int) -> list[int]:
+            from opdkit.rollouts.cache import CACHE
+
             attention = planning_attention(self.architecture.settings.attn)
             with self._model(layers, attention, train=False) as lm, torch.no_grad():
                 with self._autocast():
                     cache, mask = _read_prompts(lm, rows, tokens)
                 with self._meter(lm, (t for layer in cache.layers for t in (layer.keys, layer.values))) as meter:
                     ids, position = torch.zeros(rows, 1, dtype=torch.long), torch.full((rows, 1), tokens)
-                    lm.run(
-                        input_ids=ids, attention_mask=mask, position_ids=position, past_key_values=cache, use_cache=True
-                    )
+                    lm.run(input_ids=ids, attention_mask=mask, position_ids=position, use_cache=True, **{CACHE: cache})
             return meter.peaks
 
         return self._peak(("decode", rows, tokens), measure, grows=False)
@@ -235,14 +235,12 @@ def _to_fake(model: Any) -> None:
 
 def _read_prompts(lm: LanguageModel, rows: int, tokens: int) -> tuple[Any, Any]:
     """The cache of `rows` rows that have read `tokens` tokens, and the mask of the next step."""
-    from opdkit.rollouts.cache import make_cache
+    from opdkit.rollouts.cache import CACHE, make_cache
 
     cache = make_cache(lm.model.config)
     mask = torch.ones(rows, tokens + 1, dtype=torch.long)
     ids, positions = torch.zeros(rows, tokens, dtype=torch.long), torch.arange(tokens)[None]
-    lm.run(
-        input_ids=ids, attention_mask=mask[:, :tokens], position_ids=positions, past_key_values=cache, use_cache=True
-    )
+    lm.run(input_ids=ids, attention_mask=mask[:, :tokens], position_ids=positions, use_cache=True, **{CACHE: cache})
     cache.reorder_cache(torch.arange(rows))
     return cache, mask
 

@@ -5,7 +5,7 @@ Axes: r live rows, P prompts, G key-value heads, H query heads, m = H / G, d wid
 A forward pass of transformers spends most of a small model's time on the number of its operations. Here matrices that
 read the same input are joined where the copy is small, rotary angles are looked up, query heads that share keys are
 read as several queries, and rows of one group read the keys of their prompt as one product (`Part`). Under autocast the
-weights are cast once for a whole sampling call. Used only for the classes in KNOWN, without hooks, and only after a
+weights are cast once for a whole sampling call. Used only for the classes of `layers`, without hooks, and only after a
 trial in which the model's own forward pass gave the same (`make_body`); everything else decodes with transformers.
 Left out: windows, rotary angles that depend on the length, mixtures of experts.
 """
@@ -19,11 +19,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from opdkit.layers import angles, rms_norm, turn, written_out
 from opdkit.models import LanguageModel
 from opdkit.products import linear
-from opdkit.rollouts.cache import BufferLayer, Part, make_cache
+from opdkit.rollouts.cache import CACHE, BufferLayer, Part, make_cache, states_of
 
-KNOWN = ("LlamaModel", "MistralModel", "Qwen2Model", "Qwen3Model")
 JOINED = 2**18  # entries: larger matrices are not copied to be joined; their products outweigh the calls
 _trusted: WeakKeyDictionary[Any, dict[torch.dtype, bool]] = WeakKeyDictionary()  # model -> outcomes of its trials
 
@@ -52,10 +52,7 @@ class Body:
         device = lm.device.type
         self.dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.norm.dtype
         self.layers = [self._layer(layer) for layer in base.layers]
-        positions = torch.arange(length, device=lm.device)[None]
-        cos, sin = base.rotary_emb(self.norm, positions)
-        low, high = sin[0].chunk(2, -1)
-        self.angles = torch.stack([cos[0], torch.cat([-low, high], -1)], 1)  # [length, 2, d]
+        self.angles = angles(base.rotary_emb, self.norm, length)
 
     def _layer(self, layer: Any) -> _Layer:
         attention, mlp = layer.self_attn, layer.mlp
@@ -76,15 +73,15 @@ class Body:
     ) -> Float[Tensor, "r D"]:
         """Last hidden states after one more token per row; its keys are added to the parts, whose rows are in order."""
         x = self.embed(tokens)
-        angles = self.angles.index_select(0, positions)[:, :, None]
-        cos, sin = angles[:, 0], angles[:, 1]
+        by_row = self.angles.index_select(0, positions)[:, :, None]
+        cos, sin = by_row[:, 0], by_row[:, 1]
         rows, turning = tokens.shape[0], self.query_heads + self.kv_heads
         for i, layer in enumerate(self.layers):
             heads = layer.qkv(rms_norm(x, layer.before, self.eps)).view(rows, -1, self.width)
             turned = heads[:, :turning]
             if layer.heads is not None:
                 turned = rms_norm(turned, layer.heads, self.eps)
-            turned = torch.addcmul(turned * cos, turned.roll(self.width // 2, -1), sin).to(self.dtype)
+            turned = turn(turned, cos, sin).to(self.dtype)
             query = turned[:, : self.query_heads].view(rows, self.kv_heads, -1, self.width)
             key, value = turned[:, self.query_heads :], heads[:, turning:]
             found, at = [], 0
@@ -97,13 +94,6 @@ class Body:
             gate, up = layer.gate_up(rms_norm(x, layer.after, self.eps)).chunk(2, -1)
             x = x + layer.down(self.act(gate).mul_(up))
         return rms_norm(x, self.norm, self.eps)
-
-
-def rms_norm(x: Tensor, weight: Tensor, eps: Tensor) -> Tensor:
-    """x / root mean square x weight over the last axis, with the mean in float32 as transformers has it."""
-    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=eps.dtype)  # F.rms_norm takes twice as long here
-    scale = torch.addcmul(eps, norm, norm, value=1 / x.shape[-1]).rsqrt_()
-    return (x * scale).to(x.dtype) * weight
 
 
 def joined(modules: Sequence[Any], dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
@@ -129,12 +119,7 @@ def joined(modules: Sequence[Any], dtype: torch.dtype) -> Callable[[Tensor], Ten
 @torch.no_grad()
 def make_body(lm: LanguageModel, length: int) -> Body | None:
     """The model's body for rows of up to `length` tokens; None where only transformers' forward pass will do."""
-    base = lm.model.base_model
-    if lm.forward is not None or type(base).__name__ not in KNOWN or not base.__module__.startswith("transformers."):
-        return None
-    if any(m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) for m in base.modules()):
-        return None  # sharded, placed on several devices, or watched
-    if base.rotary_emb.rope_type in ("dynamic", "longrope"):
+    if not written_out(lm):
         return None
     if any(type(layer) is not BufferLayer for layer in make_cache(lm.model.config).layers):
         return None
@@ -159,8 +144,8 @@ def agrees(lm: LanguageModel) -> bool:
     close = 1e-4 if body.dtype in (torch.float32, torch.float64) else 5e-2
     for owner in ([0, 1], [0, 0, 1]):
         cache, rows = make_cache(lm.model.config), torch.tensor(owner, device=lm.device)
-        lm.run(input_ids=prompts, past_key_values=cache, use_cache=True)
-        part = Part(cache.layers, rows, None, body.dtype, shared=len(owner) > 2)
+        lm.run(input_ids=prompts, use_cache=True, **{CACHE: cache})
+        part = Part(states_of(cache), rows, None, body.dtype, shared=len(owner) > 2)
         for t in range(new.shape[1]):
             found = body(new[rows, t], rows.new_full(rows.shape, prompts.shape[1] + t), [part])
             if not (found - expected[rows, t]).abs().max() <= close * expected.abs().max():

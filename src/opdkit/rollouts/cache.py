@@ -18,7 +18,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
+# What transformers calls a cache among a model's arguments and in its output: renamed in 5.24.
+CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
 fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 ROOM = 64  # tokens: the least by which a buffer grows
 SHARED = (
@@ -106,19 +109,25 @@ def make_cache(config: Any) -> Any:
     return cache
 
 
+def states_of(cache: Any) -> list[tuple[Tensor, Tensor]]:
+    """Keys and values [P, G, t, d] of every layer of a transformers cache."""
+    return [(layer.keys, layer.values) for layer in cache.layers]
+
+
 class Part:
     """Rows that started together from prompts that were read by one forward pass: what `body` keeps of them."""
 
     def __init__(
-        self, layers: Sequence[BufferLayer], owner: Int[Tensor, " R"], padding: Tensor | None, dtype: torch.dtype,
-        shared: bool,
+        self, states: Sequence[tuple[Tensor, Tensor]], owner: Int[Tensor, " R"], padding: Tensor | None,
+        dtype: torch.dtype, shared: bool,
     ) -> None:  # fmt: skip
-        """Row i goes on from prompt owner[i]; `padding` [P, T] is true at columns to be passed over.
+        """Row i goes on from prompt owner[i], whose keys and values [P, G, T, d] are the `states` of every layer.
+
+        `padding` [P, T] is true at columns to be passed over.
 
         The prompts' keys are kept once per prompt if `shared`, else copied to each row.
         """
-        states = [(layer.keys, layer.values) for layer in layers]
-        read = [tuple(s.to(dtype).contiguous() for s in both) for both in states]  # type: ignore[union-attr]
+        read = [tuple(s.to(dtype).contiguous() for s in both) for both in states]
         self.prompts = read if shared else []
         stop = 0 if shared else None
         self.own = [Buffer(k[:, :, :stop], v[:, :, :stop], owner) for k, v in read]

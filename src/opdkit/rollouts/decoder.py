@@ -3,7 +3,7 @@
 Axes: P prompts, R rows at the start, r rows that are still live, T prompt tokens with padding, H columns that
 the vocabulary head reads.
 
-Every prompt is read once, padded on the left, whatever the number of its rows. Tokens are decoded by the model's `Body`
+Every prompt is read once, whatever the number of its rows. Tokens are decoded by the model's `Body`
 where it has one, else by transformers' forward pass. Only hidden states leave this file: the vocabulary head is the
 sampler's business. Left out: paged caches and speculative decoding.
 """
@@ -16,8 +16,9 @@ from torch import Tensor
 
 from opdkit.errors import ModelError
 from opdkit.models import LanguageModel
+from opdkit.reading import Padded, fits, states
 from opdkit.rollouts.body import Body
-from opdkit.rollouts.cache import SHARED, Part, make_cache
+from opdkit.rollouts.cache import CACHE, SHARED, Part, make_cache, states_of
 
 
 class Decoder:
@@ -32,7 +33,11 @@ class Decoder:
         """Read the prompts; row i goes on from prompt owner[i], for at most `new_tokens` tokens."""
         self.lm, self.body = lm, body
         self.seen = max(len(p) for p in prompts)
+        self.part: Part | None = None
         lengths = torch.tensor([len(p) for p in prompts])
+        if body is not None and fits(lm):
+            self._read_prompts(prompts, lengths, owner, body)
+            return
         ids = torch.zeros(len(prompts), self.seen, dtype=torch.long)
         for row, prompt in enumerate(prompts):
             ids[row, self.seen - len(prompt) :] = torch.tensor(prompt)
@@ -45,18 +50,33 @@ class Decoder:
             positions = (mask.cumsum(-1) - 1).clamp(min=0)
         hidden = self._forward(ids.to(lm.device), positions)
         self.hidden = hidden[owner]
-        self.part: Part | None = None
         if body is not None:
-            shared = self.seen >= SHARED and len(prompts) < owner.shape[0]
             padding = None if self.mask is None else mask == 0
-            self.part = Part(self.cache.layers, owner, padding, body.dtype, shared)
-            self.positions = lengths.to(lm.device)[owner]
-            del self.cache  # with `shared` the part holds the very same tensors
+            self._decode_from(states_of(self.cache), padding, lengths, owner, body)
+            del self.cache  # a part whose prompts are shared holds the very same tensors
             return
         self.positions = lengths.to(lm.device) if self.mask is not None else lengths[:1].to(lm.device)
         self.cache.reorder_cache(owner)
         if self.mask is not None:
             self.mask, self.positions = self.mask[owner], self.positions[owner]
+
+    def _read_prompts(
+        self, prompts: Sequence[Sequence[int]], lengths: Int[Tensor, " P"], owner: Int[Tensor, " R"], body: Body
+    ) -> None:
+        """Read the prompts with the layers written out: the last one at their last tokens only."""
+        rows, found = Padded.of(prompts, [[len(p) - 1] for p in prompts], self.lm.device), []
+        self.hidden = states(self.lm, rows, found)[owner]
+        padding = (torch.arange(self.seen) >= lengths[:, None]).to(self.lm.device)
+        grids = [tuple(t.unflatten(0, rows.shape).transpose(1, 2) for t in both) for both in found]
+        self._decode_from(grids, padding if bool(padding.any()) else None, lengths, owner, body)
+
+    def _decode_from(
+        self, states: Sequence[tuple[Tensor, Tensor]], padding: Tensor | None, lengths: Int[Tensor, " P"],
+        owner: Int[Tensor, " R"], body: Body,
+    ) -> None:  # fmt: skip
+        shared = self.seen >= SHARED and lengths.shape[0] < owner.shape[0]
+        self.part = Part(states, owner, padding, body.dtype, shared)
+        self.positions = lengths.to(self.lm.device)[owner]
 
     def keep(self, order: Int[Tensor, " r"]) -> None:
         """Go on with some of the rows: row i becomes what row order[i] was."""
@@ -95,10 +115,10 @@ class Decoder:
             input_ids=ids,
             attention_mask=None if self.mask is None else self.mask[:, : self.seen],
             position_ids=positions,
-            past_key_values=self.cache,
             use_cache=True,
+            **{CACHE: self.cache},
         )
-        if output.get("past_key_values") is not self.cache:  # it would forget the prompt without a word
+        if output.get(CACHE) is not self.cache:  # it would forget the prompt without a word
             raise ModelError(
                 f"{self.lm.name} ({self.lm.path}, {type(self.lm.model).__name__}) does not use the transformers "
                 "key-value cache, so responses cannot be sampled from it; use a model with attention layers"

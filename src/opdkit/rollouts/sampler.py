@@ -158,12 +158,13 @@ def _check(
 
 
 def _check_room(lm: LanguageModel, prompts: Sequence[Sequence[int]], limits: Sequence[int]) -> None:
+    context = lm.context_length
     for i, (prompt, limit) in enumerate(zip(prompts, limits, strict=True)):
-        room = lm.context_length - limit
+        room = context - limit
         if not 0 < len(prompt) <= room:
             raise DataError(
                 f"prompt {i} has {len(prompt)} tokens as {lm.name} reads it; expected 1 to {room}, the context of "
-                f"{lm.context_length} less max_new_tokens = {limit}"
+                f"{context} less max_new_tokens = {limit}"
             )
 
 
@@ -240,7 +241,7 @@ class _Wave:
             samples.append(Sample(tuple(ids), finish, text, Capture(*recorded), states[i]))
         for at, (model, *_) in enumerate(readers):  # a mixture is not finite when either model is not
             recorded = [s.capture.behaviour if at else s.capture.logp for s in samples]
-            if not all(bool(torch.isfinite(numbers).all()) for numbers in recorded):
+            if not bool(torch.isfinite(torch.cat(recorded)).all()):
                 raise NonFiniteError(
                     f"model '{model.name}' ({model.path}) returned NaN or infinite log-probs while sampling; check its "
                     "weights and dtype"

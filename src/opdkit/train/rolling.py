@@ -62,7 +62,9 @@ class Rolling:
                     rollouts = prepare(rollouts, batch)
                 if not rollouts:  # a step needs tokens: these get weight 0
                     rollouts = [replace(r, dropped=True) for r in self.judged]
-            found[name] = [replace(r, group=numbers[r.group]) for r in rollouts]
+            if numbers != list(range(len(numbers))):  # copies cost milliseconds
+                rollouts = [replace(r, group=numbers[r.group]) for r in rollouts]
+            found[name] = rollouts
         self._remember(found)
         return found
 

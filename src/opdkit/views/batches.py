@@ -25,7 +25,12 @@ class Batch:
 
     def states(self, lm: LanguageModel, rollouts: Sequence[Rollout]) -> Float[Tensor, "n H"]:
         """Last hidden states that predict the trained tokens, in the order of the batch; `rollouts` are the step's."""
+        from opdkit.reading import fits, rows_of
+        from opdkit.reading import states as read
+
         chosen = [rollouts[i] for i in self.index]
+        if fits(lm):
+            return read(lm, rows_of(chosen, self.packed, lm.device))
         if self.packed:
             from opdkit.packing import inputs, pack
 
@@ -105,6 +110,7 @@ def trained_rows(rollouts: Sequence[Rollout]) -> tuple[Int[Tensor, " n"], Int[Te
 def flat_index(step: Step, batch: Sequence[int]) -> Int[Tensor, " n"]:
     """Where the trained tokens of some sequences sit on the flat axis, in the order of the batch."""
     length = step.layout.seq_len()
-    start = (torch.cumsum(length, 0) - length).tolist()
-    spans = [torch.arange(start[s], start[s] + n) for s, n in zip(batch, length[list(batch)].tolist(), strict=True)]
-    return torch.cat(spans).to(step.tokens.device)
+    chosen = torch.tensor(list(batch), dtype=torch.long, device=length.device)
+    count, start = length[chosen], (torch.cumsum(length, 0) - length)[chosen]
+    shift = start - (torch.cumsum(count, 0) - count)
+    return torch.arange(int(count.sum()), device=length.device) + torch.repeat_interleave(shift, count)
