@@ -175,6 +175,9 @@ class TrainConfig(Section):
     score_tokens: Positive = Field(
         32768, description="tokens of one teacher forward: padding counts, a packed prompt once"
     )
+    score_ahead: bool = Field(
+        False, description="teachers read a finished wave of responses in a second thread while the next is sampled"
+    )
     packing: bool = Field(
         True, description="where the model can: a group's prompt once, no padding; false = padded rows always"
     )
