@@ -199,7 +199,8 @@ def update(
             batches = plan(setup.student, rollouts, steps, found, coefs, part, t.microbatch_tokens)
             expected = expected_batches(model, batches, everyone)
             with setup.autocast():
-                numbers.append(optimiser.step(losses(model, batches, expected, t.head_chunk), expected))
+                shares = losses(model, batches, expected, t.head_chunk, t.head_kernel)
+                numbers.append(optimiser.step(shares, expected))
             setup.averages.update()
     model.model.eval()
     mean = {key: sum(n[key] for n in numbers) / len(numbers) for key in numbers[0]}

@@ -12,6 +12,7 @@ from opdkit.catalogue import build_method
 from opdkit.config import Recipe, nearest
 from opdkit.contexts import Material
 from opdkit.errors import ModelError, RecipeError
+from opdkit.kernels import check_kernel
 from opdkit.lora import EMA, LIVE
 from opdkit.losses import PolicyGradient
 from opdkit.method import Method, View
@@ -139,6 +140,7 @@ def set_up(recipe: Recipe) -> Setup:
         check_same_vocabulary(student, teacher)
         check_context(teacher, recipe.teachers[teacher.name], task.train, recipe.task)
     check_supports(method, student)
+    check_kernel(recipe, method, student.head().softcap, student.device)
     obstacles(recipe, method, student, teachers)
     if recipe.train.gradient_checkpointing:
         checkpoint_activations(student.model)
