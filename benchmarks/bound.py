@@ -8,13 +8,13 @@ AdamW), memory traffic beside the products, Python. So a share of 100% cannot be
 Shapes are (out, in) of a weight; FLOPs are 2 for each multiplication with its addition.
 """
 
-import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
 
+import measure
 import torch
 
 from opdkit.packing import Text
@@ -140,15 +140,15 @@ class Rates:
 def _product(shape: Shape, rows: int, backward: bool) -> tuple[float, float]:
     """(FLOPs, seconds) of x W^T, with `backward` also of y W and y^T x; the fastest of at least three."""
     out, into = shape
-    x, y, weight = torch.randn(rows, into), torch.randn(rows, out), torch.randn(out, into)
+    x, y, weight = (torch.randn(shape, device=measure.DEVICE) for shape in ((rows, into), (rows, out), (out, into)))
     dx, dweight = torch.empty_like(x), torch.empty_like(weight)
     best, spent, times = float("inf"), 0.0, 0
     while spent < LEAST_SECONDS or times < 3:
-        start = time.perf_counter()
+        start = measure.clock()
         torch.mm(x, weight.T, out=y)
         if backward:
             torch.mm(y, weight, out=dx)
             torch.mm(y.T, x, out=dweight)
-        seconds = time.perf_counter() - start
+        seconds = measure.clock() - start
         best, spent, times = min(best, seconds), spent + seconds, times + 1
     return (3 if backward else 1) * 2.0 * rows * out * into, best

@@ -4,7 +4,6 @@ Axes: N tokens, V vocabulary, D hidden, K candidates. float32, the head is train
 which benchmarks/head.py compares.
 """
 
-import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,7 +34,7 @@ class HeadSize:
 def measured_head(size: HeadSize, rounds: int) -> dict[str, Any]:
     """In a child: seconds (fastest round), the bound's seconds, and the most resident bytes beyond the inputs."""
     hidden, head, term = _problem(size)
-    few = torch.arange(8)
+    few = torch.arange(8, device=measure.DEVICE)
     _run(hidden[few], head, RowTerm(term.loss, term.step.rows(few), None if term.signal is None else term.signal[few],
                                     term.coef[few]))  # fmt: skip
     before = measure.reset_peak()
@@ -43,9 +42,9 @@ def measured_head(size: HeadSize, rounds: int) -> dict[str, Any]:
     held = measure.peak() - before
     seconds = []
     for _ in range(rounds):
-        start = time.perf_counter()
+        start = measure.clock()
         _run(hidden, head, term)
-        seconds.append(time.perf_counter() - start)
+        seconds.append(measure.clock() - start)
     shapes, rows = (((size.vocab, D), 1),), min(size.n, head.chunk())
     product = 2.0 * size.n * size.vocab * D
     parts = [Part(3 * product, shapes, rows, backward=True)]
@@ -61,17 +60,21 @@ def measured_head(size: HeadSize, rounds: int) -> dict[str, Any]:
 
 def _problem(size: HeadSize) -> tuple[Tensor, Head, RowTerm]:
     draw = torch.Generator().manual_seed(0)
-    n, vocab = size.n, size.vocab
-    hidden, teacher = torch.randn(n, D, generator=draw), torch.randn(n, D, generator=draw)
-    head = Head(torch.randn(vocab, D, generator=draw) * (3 / D**0.5))
-    signal, coef = torch.randn(n, generator=draw), torch.rand(n, generator=draw) / n
-    tokens = torch.randint(vocab, (n,), generator=draw)
+    n, vocab, device = size.n, size.vocab, measure.DEVICE
+
+    def drawn(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=draw).to(device)
+
+    hidden, teacher = drawn(n, D), drawn(n, D)
+    head = Head(drawn(vocab, D) * (3 / D**0.5))
+    signal, coef = drawn(n), torch.rand(n, generator=draw).to(device) / n
+    tokens = torch.randint(vocab, (n,), generator=draw).to(device)
     scores, loss = Scores(signal), Divergence("reverse_kl")
     if size.loss == "reverse KL":
         scores = Scores(signal, full=HeadRows(teacher, Head(head.weight.clone())))
     elif size.loss == "top-K":
         scores = Scores(signal, candidates=_candidates(n, size.k, vocab, draw))
-    step = Step(Layout(*(torch.arange(n),) * 3), tokens, {"teacher": scores})
+    step = Step(Layout(*(torch.arange(n, device=device),) * 3), tokens, {"teacher": scores})
     if size.loss == "sampled":
         return hidden, head, RowTerm(PolicyGradient(), step, signal, coef)
     return hidden, head, RowTerm(loss, step, None, coef)
@@ -83,7 +86,9 @@ def _candidates(n: int, k: int, vocab: int, draw: torch.Generator) -> Candidates
     ids = (first + torch.arange(k) * (vocab // k)) % vocab
     student, theirs = (torch.log_softmax(torch.randn(n, k, generator=draw), -1) - 0.1 for _ in range(2))
     rest = torch.full((n,), 0.1).log()
-    return Candidates(ids, torch.ones_like(ids, dtype=torch.bool), student, theirs, None, rest)
+    device = measure.DEVICE
+    valid = torch.ones_like(ids, dtype=torch.bool).to(device)
+    return Candidates(ids.to(device), valid, student.to(device), theirs.to(device), None, rest.to(device))
 
 
 def _run(hidden: Tensor, head: Head, term: RowTerm) -> None:

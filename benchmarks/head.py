@@ -1,7 +1,7 @@
 """Forward and backward of the vocabulary head: ours against full logits, TRL, Liger-Kernel and a checkpointed loop.
 
     python benchmarks/head.py [--quick] [--vocab 4096 32000] [--hidden 256] [--tokens 512] [--losses sampled jsd]
-                              [--dtype float32] [--threads 2] [--minutes 25]
+                              [--dtype float32] [--threads 2] [--minutes 25] [--device cuda]
 
 Axes: N tokens, V vocabulary, D hidden, C rows of our chunk. The head is trained. Every measurement is a child process of
 its own: inputs, a small problem to load code, then the whole problem. The contenders alternate round by round, and what
@@ -10,7 +10,8 @@ inputs, and the bytes that autograd keeps between the two (saved tensors, inputs
 all contenders' gradients with float64 autograd on a few rows: |a - b| / |b|, the worse of hidden states and weight.
 
 Without sizes the committed grid is run: the axes around a middle point rather than their product, which would take
-hours. --minutes stops before a cell that is not expected to end in time. Contenders: head_contenders.py. Left out: GPUs.
+hours. --minutes stops before a cell that is not expected to end in time. Contenders: head_contenders.py. With --device
+cuda the clock waits for the GPU, memory is torch's, and ours takes part with its Triton kernel too.
 """
 
 import argparse
@@ -27,7 +28,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # idle threads of the paren
 
 import measure
 import torch
-from head_contenders import CONTENDERS, FULL, LOSSES, Inputs, available, make_inputs
+from head_contenders import CONTENDERS, FULL, LOSSES, OURS, Inputs, available, make_inputs
 from measure import Table, Target
 from torch import Tensor
 
@@ -58,7 +59,7 @@ class Cell:
 
     def who(self) -> list[str]:
         """The contenders that are installed, offer this loss, and fit into memory."""
-        fits = NAIVE_BYTES[self.loss] * self.tokens * self.vocab < 0.7 * measure.kernel("/proc/meminfo", "MemAvailable")
+        fits = NAIVE_BYTES[self.loss] * self.tokens * self.vocab < 0.7 * measure.free()
         return [name for name in available(self.loss) if name in self.only and (fits or name != "naive")]
 
     def rounds(self) -> int:
@@ -68,7 +69,8 @@ class Cell:
         """A guess of the whole cell's."""
         slow = self.dtype == "bfloat16" and set(self.who()) - {"ours", "trl"}  # those two widen before they multiply
         work = self.flops * PRODUCTS[self.loss] * len(self.who()) * (self.rounds() + 0.2)
-        return work / ((2e9 if slow else 60e9) * threads) + 2 * len(self.who()) * self.rounds()
+        rate = 2e12 if measure.DEVICE == "cuda" else (2e9 if slow else 60e9) * threads
+        return work / rate + 2 * len(self.who()) * self.rounds()
 
     def gradients(self) -> int:
         """Bytes of the gradients: of weight (a float32 sum, and its own dtype where that differs) and hidden states."""
@@ -103,11 +105,11 @@ def run(name: str, cell: Cell) -> Json:
         return saved
 
     hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved)
-    start = time.perf_counter()
+    start = measure.clock()
     with nullcontext() if name == "liger" else hooks:  # what it compiles refuses hooks
         loss = CONTENDERS[name](x, hidden, weight, cell.loss, cell.tokens)
     loss.backward()
-    seconds = time.perf_counter() - start
+    seconds = measure.clock() - start
     return {
         "seconds": seconds,
         "peak": measure.peak() - before,
@@ -156,7 +158,7 @@ def size_of(row: Json) -> list[str | int | float | None]:
 
 def tables(rows: list[Json]) -> list[Table]:
     names = [name for name in CONTENDERS if any(name in row["seconds"] for row in rows)]
-    chunked = [name for name in names if name not in ("ours", "naive")]
+    chunked = [name for name in names if name not in OURS and name != "naive"]
     time_ = Table("Seconds of forward and backward", [*SIZES, *names, *(f"ours / {n}" for n in names if n != "ours")])
     memory = Table(
         "Memory: most MiB beyond the inputs, and MiB kept from forward to backward",
@@ -184,7 +186,7 @@ def targets(rows: list[Json]) -> list[Target]:
 
         return ratio
 
-    chunked = [name for name in CONTENDERS if name not in ("ours", "naive")]
+    chunked = [name for name in CONTENDERS if name not in OURS and name != "naive"]
     goals: list[tuple[str, float, Callable[[Json], float | None]]] = [
         ("peak memory beside the gradients / (8 bytes x chunk x V)", 1.0, lambda row: row["of_bound"]),
         ("growth of that ratio from the smallest to the largest N", 0.05, lambda row: growth(row, rows)),
@@ -239,8 +241,10 @@ def main() -> None:
     parser.add_argument("--losses", nargs="+", choices=LOSSES)
     parser.add_argument("--dtype", nargs="+", choices=list(DTYPES))
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="of each child (default: cores)")
+    measure.add_device(parser)
     parser.add_argument("--minutes", type=float, default=30.0, help="leave out a cell that would end later")
     options = parser.parse_args()
+    measure.use(options.device)
     for name in ("trl", "liger"):
         if name not in available(FULL[0]):
             print(f"{name} is not installed and takes no part")

@@ -9,19 +9,23 @@ nothing else. The peers:
   log-probs), tiles of 4,096 x 32,768 logits that the backward pass forms again.
 * liger: Liger-Kernel's LigerFusedLinearJSDLoss, chunks of 1,024 rows, gradients in the forward pass, compiled (its default).
 
-trl and liger take part where they are installed. Left out: kernels that need a GPU.
+trl and liger take part where they are installed; on a CUDA device also ours with `train.head_kernel: triton`.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.util import find_spec
+from typing import Literal
 
+import measure
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from opdkit.divergences import divergence
 from opdkit.head import Head, HeadRows, RowTerm, objective, score_rows
+from opdkit.kernels import KINDS
 from opdkit.losses import Divergence, PolicyGradient
 from opdkit.step import Candidates, Layout, Scores, Step
 
@@ -68,7 +72,9 @@ def make_inputs(vocab: int, hidden: int, n: int, loss: str, dtype: torch.dtype) 
     tokens, signal = torch.randint(vocab, (n,), generator=draw), torch.randn(n, generator=draw)
     found = _candidates(weight, states.to(dtype), teacher, tokens) if loss == "top-64" else None
     other = weight.clone() if loss in FULL else weight
-    return Inputs(states.to(dtype), weight, teacher, other, tokens, signal, found)
+    return Inputs(states.to(dtype), weight, teacher, other, tokens, signal, found).map(
+        lambda _, t: t.to(measure.DEVICE)
+    )
 
 
 def _candidates(weight: Tensor, hidden: Tensor, teacher: Tensor, tokens: Tensor) -> Candidates:
@@ -106,7 +112,7 @@ def _wide(logits: Tensor) -> Tensor:
 
 
 def checkpointed(x: Inputs, hidden: Tensor, weight: Tensor, loss: str, n: int) -> Tensor:
-    total, start = torch.zeros(()), 0
+    total, start = torch.zeros((), device=hidden.device), 0
     for part in hidden.split(CHECKPOINT_CHUNK):  # one split node: slices would each make a gradient of size [N, D]
         rows = x.rows(slice(start, start + part.shape[0]))
         total = total + checkpoint(dense, rows, part, weight, loss, n, use_reentrant=False)
@@ -114,14 +120,16 @@ def checkpointed(x: Inputs, hidden: Tensor, weight: Tensor, loss: str, n: int) -
     return total
 
 
-def ours(x: Inputs, hidden: Tensor, weight: Tensor, loss: str, n: int) -> Tensor:
-    rows, coef = torch.arange(hidden.shape[0]), torch.full_like(x.signal, 1 / n)
+def ours(
+    x: Inputs, hidden: Tensor, weight: Tensor, loss: str, n: int, kernel: Literal["torch", "triton"] = "torch"
+) -> Tensor:
+    rows, coef = torch.arange(hidden.shape[0], device=hidden.device), torch.full_like(x.signal, 1 / n)
     full = HeadRows(x.teacher_hidden, Head(x.teacher_weight)) if loss in FULL else None
     step = Step(Layout(rows, rows, rows), x.tokens, {"teacher": Scores(x.signal, full=full, candidates=x.candidates)})
     term = RowTerm(PolicyGradient(), step, x.signal, coef)
     if loss != "sampled":
         term = RowTerm(Divergence("jsd" if loss == "jsd" else "reverse_kl"), step, None, coef)
-    return objective(hidden, Head(weight), [term])[0]
+    return objective(hidden, Head(weight), [term], kernel=kernel)[0]
 
 
 def trl(x: Inputs, hidden: Tensor, weight: Tensor, loss: str, n: int) -> Tensor:
@@ -147,11 +155,14 @@ def liger(x: Inputs, hidden: Tensor, weight: Tensor, loss: str, n: int) -> Tenso
 Contender = Callable[[Inputs, Tensor, Tensor, str, int], Tensor]
 CONTENDERS: dict[str, Contender] = {
     "ours": ours, "naive": dense, "checkpoint": checkpointed, "trl": trl, "liger": liger,
+    "ours, triton": partial(ours, kernel="triton"),
 }  # fmt: skip
+OURS = ("ours", "ours, triton")
 
 
 def available(loss: str) -> list[str]:
     """Contenders that are installed and offer a loss."""
-    offered = {"trl": loss != "top-64", "liger": loss in FULL}
-    module = {"trl": "trl", "liger": "liger_kernel"}
+    fused = measure.DEVICE == "cuda" and loss in KINDS
+    offered = {"trl": loss != "top-64", "liger": loss in FULL, "ours, triton": fused}
+    module = {"trl": "trl", "liger": "liger_kernel", "ours, triton": "triton"}
     return [c for c in CONTENDERS if offered.get(c, True) and (c not in module or find_spec(module[c]) is not None)]

@@ -2,9 +2,11 @@
 
 A result is a JSON file under results/: tables (title, columns, rows of text or numbers, note) and targets (what, target,
 value, met), which scripts/performance.py turns into docs/performance.md, and `raw` numbers for whoever wants to redo
-the sums. Memory can be measured on Linux only.
+the sums. Memory can be measured on Linux only. On a CUDA device (`use`) clocks wait for it, memory is what torch has
+allocated there, and results are written to NAME-cuda.json, which no page is made from.
 """
 
+import argparse
 import ctypes
 import json
 import multiprocessing
@@ -22,6 +24,28 @@ import torch
 
 RESULTS = Path(__file__).parent / "results"
 STARTED = time.monotonic()
+DEVICE = "cpu"  # where this process and its children compute
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to compute (default cpu)")
+
+
+def use(device: str) -> None:
+    """Compute on a device from now on; on "cpu" a GPU is hidden. To be called before torch has looked for one."""
+    global DEVICE
+    DEVICE = device
+    if device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    elif not in_child(1, torch.cuda.is_available):  # not here: children are forked, and CUDA does not survive that
+        raise SystemExit("--device cuda: torch finds no CUDA device; check nvidia-smi and that torch is a CUDA build")
+
+
+def clock() -> float:
+    """Seconds, after all that was launched on the device."""
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 @dataclass
@@ -80,7 +104,8 @@ def write(
 ) -> Path:
     """Write results/NAME.json and return its path; `command` reruns it. What it took is counted since the import."""
     RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}.json"
+    path = RESULTS / f"{name}.json" if DEVICE == "cpu" else RESULTS / f"{name}-{DEVICE}.json"
+    command = command if DEVICE == "cpu" else f"{command} --device {DEVICE}"
     content = {
         "name": name, "command": command, "date": datetime.now(UTC).date().isoformat(),
         "minutes": round((time.monotonic() - STARTED) / 60, 1), "machine": machine(),
@@ -93,7 +118,8 @@ def write(
 
 def machine() -> dict[str, Any]:
     """Processor, cores and versions: what a reader needs to compare numbers."""
-    return {
+    gpu = {} if DEVICE == "cpu" else {"gpu": in_child(1, torch.cuda.get_device_name), "cuda": torch.version.cuda}
+    return gpu | {
         "processor": field_of("/proc/cpuinfo", "model name"),
         "architecture": platform.machine(),
         "cores": os.cpu_count(),
@@ -118,15 +144,28 @@ def kernel(file: str, name: str) -> int:
 
 
 def reset_peak() -> int:
-    """Give freed memory back, start a new VmHWM, and return the resident bytes of now."""
+    """Give freed memory back, start a new VmHWM, and return the resident bytes of now; on a GPU the allocated ones."""
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated()
     ctypes.CDLL("libc.so.6").malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
     return kernel("/proc/self/status", "VmRSS")
 
 
 def peak() -> int:
-    """The most resident bytes since `reset_peak`."""
+    """The most resident bytes since `reset_peak`; on a GPU the most that were allocated."""
+    if DEVICE == "cuda":
+        return torch.cuda.max_memory_allocated()
     return kernel("/proc/self/status", "VmHWM")
+
+
+def free() -> int:
+    """Bytes that a child could still get."""
+    if DEVICE == "cuda":
+        return int(in_child(1, torch.cuda.mem_get_info)[0])
+    return kernel("/proc/meminfo", "MemAvailable")
 
 
 def spread(values: Sequence[float]) -> tuple[float, float, float]:

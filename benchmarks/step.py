@@ -1,13 +1,14 @@
 """A whole on-policy step: ours against TRL's DistillationTrainer, same models, prompts, group, lengths and threads.
 
-    python benchmarks/step.py [--quick] [--setting a b] [--threads 2] [--seeds 3]
+    python benchmarks/step.py [--quick] [--setting a b] [--threads 2] [--seeds 3] [--device cuda]
 
 Every run is a process of its own and the contenders alternate; what counts is the median over a run's steps after the
 first few, and the median of the ratios of neighbouring runs. Both train with the exact reverse KL over the full
 vocabulary (TRL: beta = 1), the same prompts in the same order, AdamW at a constant rate, temperature 1, float32.
 Afterwards both students are evaluated by the same code: accuracy on held-out problems where the task has answers, and
 exact reverse KL on their own samples. Memory is the most resident bytes beyond the loaded models. Settings: settings.py.
-Needs trl (pip install 'opdkit[benchmarks]'). Left out: trainers that need a GPU, TRL with vLLM.
+Needs trl (pip install 'opdkit[benchmarks]'). On a GPU the share outside forwards and backwards is not measured: waiting for
+the device around each would change what is timed. Left out: TRL with vLLM.
 """
 
 import argparse
@@ -73,6 +74,7 @@ def spawn(who: str, setting: Setting, steps: int, seed: int, threads: int) -> Js
     with tempfile.TemporaryDirectory() as out:
         command = [sys.executable, __file__, "--child", who, "--setting", setting.name, "--steps", str(steps)]
         command += ["--seed", str(seed), "--threads", str(threads), "--out", out]
+        command += ["--device", measure.DEVICE]
         environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
         environment.pop("OMP_WAIT_POLICY", None)
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
@@ -198,12 +200,14 @@ def main() -> None:
         "--quick", action="store_true", help="one seed and few steps of settings a and c; writes nothing"
     )
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    measure.add_device(parser)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, help="instead of each setting's own number")
     for name in ("--child", "--out"):
         parser.add_argument(name, help=argparse.SUPPRESS)
     parser.add_argument("--seed", type=int, default=0, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    measure.use(options.device)
     if options.child:
         return child(options)
     if importlib.util.find_spec("trl") is None:

@@ -31,7 +31,8 @@ def run_ours(setting: Setting, recipe: Recipe, out: Path) -> Json:
     from opdkit.train import loop, rolling
 
     watch, start, measured = _Watch(), rolling.Rolling.step, loop.measure
-    watch.wrap()
+    if measure.DEVICE == "cpu":
+        watch.wrap()
     base: list[int] = []
     peak: list[int] = []
     marks: list[tuple[float, float]] = []  # at the start of every step and the end of the last: CPU, inside
@@ -55,6 +56,8 @@ def run_ours(setting: Setting, recipe: Recipe, out: Path) -> Json:
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     shutil.copytree(next(folder.glob("checkpoints/*/")), out / "student", dirs_exist_ok=True)
     phases = {name: [b[i] - a[i] for a, b in pairwise(marks)] for i, name in enumerate(("cpu", "inside"))}
+    if measure.DEVICE != "cpu":
+        del phases["inside"]
     phases |= {k: [line[f"seconds/{k}"] for line in lines] for k in ("sample", "score", "update", "other", "step")}
     return {"seconds": phases, "tokens": [line["tokens"] for line in lines], "peak": peak[-1]}
 
@@ -113,9 +116,9 @@ def run_trl(setting: Setting, recipe: Recipe, out: Path) -> Json:
 
     class Timed(DistillationTrainer):  # type: ignore[misc]
         def _generate_and_score_completions(self, inputs: Any) -> Any:
-            start = time.perf_counter()
+            start = measure.clock()
             found = super()._generate_and_score_completions(inputs)
-            seconds["sample"].append(time.perf_counter() - start)
+            seconds["sample"].append(measure.clock() - start)
             state["tokens"].append(int(found["completion_mask"].sum()))
             return found
 
@@ -126,19 +129,19 @@ def run_trl(setting: Setting, recipe: Recipe, out: Path) -> Json:
 
         def on_step_begin(self, *_: Any, **__: Any) -> None:
             state["cpu"] = time.process_time()
-            state["start"] = time.perf_counter()
+            state["start"] = measure.clock()
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
             seconds["cpu"].append(time.process_time() - state["cpu"])
-            seconds["step"].append(time.perf_counter() - state["start"])
+            seconds["step"].append(measure.clock() - state["start"])
 
     batch = recipe.train.prompts_per_step * recipe.sampling.group
     args = DistillationConfig(
         output_dir=str(out / "trl"), per_device_train_batch_size=batch, gradient_accumulation_steps=1,
         max_steps=recipe.train.steps, max_completion_length=recipe.sampling.max_new_tokens, temperature=1.0, beta=1.0,
         learning_rate=recipe.optim.lr, lr_scheduler_type="constant", report_to="none", logging_steps=10_000,
-        use_cpu=True, bf16=False, gradient_checkpointing=recipe.train.gradient_checkpointing, save_strategy="no",
-        disable_tqdm=True,
+        use_cpu=measure.DEVICE == "cpu", bf16=False, gradient_checkpointing=recipe.train.gradient_checkpointing,
+        save_strategy="no", disable_tqdm=True,
         shuffle_dataset=False, seed=recipe.seed, max_grad_norm=recipe.optim.grad_clip, top_k=0,
         weight_decay=recipe.optim.weight_decay, adam_beta1=recipe.optim.betas[0], adam_beta2=recipe.optim.betas[1],
     )  # fmt: skip

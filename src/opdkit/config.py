@@ -21,6 +21,7 @@ from opdkit.overrides import apply_override, parse_override
 Positive = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 BadScores = Literal["stop", "mask"]
+HeadKernel = Literal["torch", "triton"]
 SOURCE = {
     "testbed": "name",
     "reasoning_gym": "name",
@@ -175,11 +176,17 @@ class TrainConfig(Section):
     score_tokens: Positive = Field(
         32768, description="tokens of one teacher forward: padding counts, a packed prompt once"
     )
+    score_ahead: bool = Field(
+        False, description="teachers read a finished wave of responses in a second thread while the next is sampled"
+    )
     packing: bool = Field(
         True, description="where the model can: a group's prompt once, no padding; false = padded rows always"
     )
     head_chunk: Positive | None = Field(
         None, description="rows of logits held at once; None = chosen from the vocabulary"
+    )
+    head_kernel: HeadKernel = Field(
+        "torch", description="triton = one fused kernel for a KL over the whole vocabulary; CUDA only"
     )
     precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="arithmetic of forward passes (accelerate)")
     gradient_checkpointing: bool = Field(False, description="recompute activations in the backward pass")

@@ -18,8 +18,11 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from opdkit.config import HeadKernel
 from opdkit.errors import ModelError
+from opdkit.kernels import fusable
 from opdkit.lm_head import PARAMETERS, Head, HeadRows, TableRows, blocks, chunks, exact, normalise, precision
+from opdkit.losses import Divergence
 from opdkit.row_scores import RowScores, clear, score_rows, tail_of
 from opdkit.rows import FullLoss, Loss, SparseLoss, StudentRows
 from opdkit.step import Step
@@ -43,23 +46,28 @@ class RowTerm:
 
 
 def objective(
-    hidden: Float[Tensor, "N D"], head: Head, terms: Sequence[RowTerm], chunk: int | None = None
+    hidden: Float[Tensor, "N D"],
+    head: Head,
+    terms: Sequence[RowTerm],
+    chunk: int | None = None,
+    kernel: HeadKernel = "torch",
 ) -> tuple[Float[Tensor, ""], list[Float[Tensor, " N"]]]:
     """Sum over terms and rows of coef x loss, and each term's row losses (nats, detached).
 
     The sum is differentiable with respect to `hidden` and, unless they are frozen, the head's weight, bias and low rank.
-    Any `chunk` gives the same numbers, one above N too; N = 0 gives 0. RecipeError for a chunk below 1, ModelError for a
-    teacher with another vocabulary.
+    Any `chunk` gives the same numbers, one above N too; N = 0 gives 0. With `kernel` triton a fused kernel forms the
+    gradient where it can (`opdkit.kernels`). RecipeError for a chunk below 1, ModelError for a teacher with another
+    vocabulary.
     """
     inputs = (hidden, head.weight, head.bias, head.low_rank)
     wants = tuple(torch.is_grad_enabled() and t is not None and t.requires_grad for t in inputs)
-    total, *rows = _Objective.apply(*inputs, head, tuple(terms), chunk, wants)
+    total, *rows = _Objective.apply(*inputs, head, tuple(terms), chunk, kernel, wants)
     return total, rows
 
 
 class _Objective(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, low_rank, head, terms, chunk, wants):  # type: ignore[no-untyped-def]
+    def forward(ctx, hidden, weight, bias, low_rank, head, terms, chunk, kernel, wants):  # type: ignore[no-untyped-def]
         inputs = (hidden, weight, bias, low_rank)
         head = replace(
             head, **{f: None if t is None else t.detach() for f, t in zip(PARAMETERS, inputs[1:], strict=True)}
@@ -76,7 +84,11 @@ class _Objective(torch.autograd.Function):
             h = hidden[part].detach()
             local = _slice(terms, part, hidden.shape[0], wide)
             dz = head.logits(h, room[: h.shape[0]])
-            values = _to_gradient(dz, head, local, any(wants), rooms)
+            fused = fusable([t.loss for t in local], head.softcap, wide) if kernel == "triton" and any(wants) else None
+            if fused is not None and _is_full(local[0]):
+                values = [_fused_gradient(dz, head, local[0], fused, rooms)]
+            else:
+                values = _to_gradient(dz, head, local, any(wants), rooms)
             for term, row, value in zip(local, rows, values, strict=True):
                 row[part] = value
                 total += (term.coef * value).sum()
@@ -99,7 +111,7 @@ class _Objective(torch.autograd.Function):
             for saved in ctx.saved_tensors
         ]
         gradients = [None if t is None else t.to(dtype) for t, dtype in zip(found, ctx.dtypes, strict=True)]
-        return *gradients, None, None, None, None
+        return *gradients, None, None, None, None, None
 
 
 def _slice(terms: Sequence[RowTerm], part: slice, n: int, dtype: torch.dtype) -> list[RowTerm]:
@@ -142,6 +154,19 @@ def _to_gradient(
     return values
 
 
+def _fused_gradient(
+    z: Float[Tensor, "n V"], head: Head, term: RowTerm, loss: Divergence, rooms: Rooms
+) -> Float[Tensor, " n"]:
+    """`_to_gradient` of one KL over the whole vocabulary, by the fused kernel; the teacher's logits stay as they are."""
+    from opdkit.kernels_triton import kl_rows
+
+    values, coef = z.new_empty(z.shape[0]), term.coef * (head.scale / head.temperature)
+    for half in chunks(z.shape[0], max(1, (z.shape[0] + 1) // 2)):
+        teacher = _teachers([term], head, half, rooms, logits=True)[_view(term)]
+        values[half] = kl_rows(z[half], teacher, coef[half], reverse=loss.kind == "reverse_kl")
+    return values
+
+
 def _sweep(
     z: Float[Tensor, "n V"], full: Sequence[RowTerm], head: Head, rooms: Rooms
 ) -> Iterator[tuple[slice, Teachers]]:
@@ -165,8 +190,9 @@ def _view(term: RowTerm) -> tuple[int, str | None]:
     return id(term.step), term.loss.teacher
 
 
-def _teachers(full: Sequence[RowTerm], head: Head, rows: slice, rooms: Rooms) -> Teachers:
-    """Log-probs of every view with support Full that the terms read, formed once. ModelError for another vocabulary."""
+def _teachers(full: Sequence[RowTerm], head: Head, rows: slice, rooms: Rooms, logits: bool = False) -> Teachers:
+    """Log-probs of every view with support Full that the terms read, formed once; with `logits`, or any other logits of the
+    same distribution. ModelError for another vocabulary."""
     found: Teachers = {}
     for term in full:
         view, teacher = _view(term), term.loss.teacher
@@ -177,7 +203,8 @@ def _teachers(full: Sequence[RowTerm], head: Head, rows: slice, rooms: Rooms) ->
         if isinstance(given, HeadRows):
             if index not in rooms:  # the first rows are the most that it is asked for
                 rooms[index] = given.room(rows.stop - rows.start)
-            found[view] = given.log_probs(rows, rooms[index][: rows.stop - rows.start])
+            form = given.logits if logits else given.log_probs
+            found[view] = form(rows, rooms[index][: rows.stop - rows.start])
         else:
             found[view] = given.log_probs(rows)
         if found[view].shape[1] != head.size:

@@ -253,9 +253,14 @@ class HeadRows:
         self, rows: Int[Tensor, " n"] | slice, out: Float[Tensor, "n V"] | None = None
     ) -> Float[Tensor, "n V"]:
         """The log-probs of some rows, written to `out` if it is given."""
-        z = self.head.logits(self.hidden[rows], out)
+        z = self.logits(rows, out)
         normalise(z)
         return z
+
+    @torch.no_grad()
+    def logits(self, rows: Int[Tensor, " n"] | slice, out: Float[Tensor, "n V"] | None = None) -> Float[Tensor, "n V"]:
+        """The same, not normalised."""
+        return self.head.logits(self.hidden[rows], out)
 
     def take(self, rows: Int[Tensor, " n"]) -> "HeadRows":
         return HeadRows(self.hidden[rows], self.head)

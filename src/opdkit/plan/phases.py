@@ -31,6 +31,7 @@ from opdkit.plan.meter import LEFT
 from opdkit.plan.passes import passes
 from opdkit.plan.texts import Lengths
 from opdkit.rollouts.rollout import Rollout
+from opdkit.rollouts.sampler import wave_rows
 from opdkit.sources import OnPolicy, TeacherSamples
 from opdkit.support import Full, TopK
 from opdkit.train.keep import to_keep
@@ -84,7 +85,7 @@ def _sample(job: Job) -> tuple[Part, ...]:
         mixed = [src.mixed_with for src in job.method.rollouts.values() if isinstance(src, OnPolicy) and src.mixed_with]
         models = [job.student, *(job.teachers[name] for name in mixed)]
         parts = _decoding(job, models, rows, s.group, lengths, record)
-        parts = (*_whole_student(job), *parts, _autocast_copies(job))
+        parts = (*_whole_student(job), *parts, _autocast_copies(job), *_ahead(job))
     for source in job.method.rollouts.values():
         if isinstance(source, TeacherSamples):
             teacher = job.teachers[source.teacher]
@@ -97,7 +98,7 @@ def _sample(job: Job) -> tuple[Part, ...]:
 def _decoding(job: Job, models: list[Model], rows: int, group: int, lengths: Lengths, record: int) -> tuple[Part, ...]:
     """Sampling `rows` responses with one model, or with several in lock-step: the larger of prompts and tokens."""
     most, prompt, tokens = job.recipe.sampling.max_rows, lengths.longest, lengths.longest + lengths.limit
-    wave = min(rows, max(most // group * group, min(most, group)))
+    wave = min(rows, wave_rows(most, group))
     prompts = ceil(wave / group)
     records = Part("records of the step's samples", int(rows * lengths.response * record), "train.prompts_per_step")
     reading, writing = [], []
@@ -137,7 +138,20 @@ def _score(job: Job) -> tuple[Part, ...]:
         rows = int(job.rows() * job.counts.lengths.response)
         size = signal_bytes(job.student.architecture.vocab, rows, job.blocks)
         peaks.append((Part("divergences inside signals", size),))
-    return (*_whole_student(job), *_kept(job), *max(peaks, key=_total))
+    return (*_whole_student(job), *_kept(job), *_ahead(job)[:1], *max(peaks, key=_total))
+
+
+def _ahead(job: Job) -> tuple[Part, ...]:
+    """With `train.score_ahead`: the views' hidden states of the whole step, and the largest pass that forms them."""
+    if not job.recipe.train.score_ahead:
+        return ()
+    n, views = int(job.rows() * job.counts.lengths.response), job.method.views.values()
+    readers = [[job.teachers[name] for name in view.models] for view in views]
+    states = n * sum(max(job.rehearsal(model).hidden_size() for model in of) for of in readers)
+    every = [texts for name in job.method.rollouts if (texts := job.texts(name, longest=True))]
+    reading = [_pass(job, model, texts, False)[0][0] for of in readers for model in of for texts in every]
+    held = Part("hidden states that are read ahead", states, "train.prompts_per_step")
+    return (held, max(reading, key=lambda part: part.bytes))
 
 
 def _pass(job: Job, model: Model, texts: Sequence[Rollout], full: bool) -> list[tuple[Part, ...]]:

@@ -95,13 +95,14 @@ class Sample:
 def sample(
     lm: LanguageModel, prompts: Sequence[Sequence[int]], how: Sampling, seed: int, keep: Keep | None = None,
     keys: Sequence[str] | None = None, mixture: Mixture | None = None, places: Sequence[Place] | None = None,
-    watch: Watch | None = None,
+    watch: Watch | None = None, finished: Callable[[dict[tuple[int, int], Sample]], None] | None = None,
 ) -> list[list[Sample]]:  # fmt: skip
     """Sample `how.group` responses to every prompt. Returns one list of samples per prompt, in the order given.
 
     `keys` are the prompts' random-number keys where they are part of a longer list (`prompt_keys`). With `places`, every
     prompt ends with the beginning of one response (a group of 1), which goes on from there. A `watch`
-    may end responses. Deterministic in (weights, prompts, how, seed or keys); torch's global random state is neither
+    may end responses. `finished` is given a wave's samples by (prompt, response) as soon as it is done.
+    Deterministic in (weights, prompts, how, seed or keys); torch's global random state is neither
     read nor changed. Raises
     RecipeError for settings that cannot work with this model, ModelError for a mixture of two vocabularies, DataError
     for a prompt that is empty or leaves no room for `max_new_tokens`, and NonFiniteError when a model returns NaN.
@@ -120,7 +121,7 @@ def sample(
     keys = keys or prompt_keys(prompts, seed)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # similar lengths: little padding
     rows = [(i, j) for i in order for j in range(how.group)]
-    size = max(how.max_rows // how.group * how.group, min(how.max_rows, how.group))  # whole groups where they fit
+    size = wave_rows(how.max_rows, how.group)
     bodies = [make_body(model, max(map(len, theirs), default=0) + how.max_new_tokens) for model, theirs in readers]
     found: dict[tuple[int, int], Sample] = {}
     for start in range(0, len(rows), size):
@@ -135,9 +136,17 @@ def sample(
         given = zip(readers, bodies, strict=True)
         follow = None if watch is None else partial(watch.begin, chosen, torch.tensor(owner), how.max_new_tokens)
         samples = work.run([(model, [theirs[i] for i in chosen], body) for (model, theirs), body in given], follow)
-        found |= zip(wave, samples, strict=True)
+        done = dict(zip(wave, samples, strict=True))
+        found |= done
+        if finished is not None:
+            finished(done)
     torch.clear_autocast_cache()  # weights that were cast without autograd must not serve a forward pass with it
     return [[found[i, j] for j in range(how.group)] for i in range(len(prompts))]
+
+
+def wave_rows(max_rows: int, group: int) -> int:
+    """Rows that start together: whole groups where they fit."""
+    return max(max_rows // group * group, min(max_rows, group))
 
 
 def _check(

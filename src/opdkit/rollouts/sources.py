@@ -5,13 +5,14 @@ Left out: the buffer itself, which belongs to the run (`rollouts.replay`).
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 from opdkit.method import View
 from opdkit.models import LanguageModel
 from opdkit.rollouts.early import Watch
 from opdkit.rollouts.responses import ResponseStore, open_store, respond
 from opdkit.rollouts.rollout import Rollout
-from opdkit.rollouts.sampler import Keep, Mixture, Sampling, prompt_keys, sample
+from opdkit.rollouts.sampler import Keep, Mixture, Sample, Sampling, prompt_keys, sample
 from opdkit.rollouts.tools import ToolUse
 from opdkit.sources import Dataset, OnPolicy, Source, TeacherSamples
 from opdkit.tasks.problem import Problem, Task
@@ -19,25 +20,36 @@ from opdkit.tasks.turns import dataset_rollouts
 
 Prompts = Sequence[tuple[Problem, tuple[int, ...]]]
 Read = Callable[[LanguageModel, list[Rollout]], list[Rollout]]  # the rollouts with the prompts that a model reads
+Take = Callable[[Mapping[int, Rollout]], None]  # is given the rollouts of a finished wave, by number
 
 
 def on_policy(
     lm: LanguageModel, prompts: Prompts, how: Sampling, seed: int, keep: Keep | None = None, version: int = 0,
     keys: Sequence[str] | None = None, mixture: Mixture | None = None, watch: Watch | None = None,
-    tools: ToolUse | None = None,
+    tools: ToolUse | None = None, take: Take | None = None,
 ) -> list[Rollout]:  # fmt: skip
-    """Sampled responses, the group of one prompt side by side; with `tools`, what these answer stands in between."""
+    """Sampled responses, the group of one prompt side by side; with `tools`, what these answer stands in between.
+
+    `take` is given every wave as soon as it is done (without tools).
+    """
     if tools is not None:
         keys = keys or prompt_keys([ids for _, ids in prompts], seed)
         return tools.respond(lm, prompts, how, keys, keep, mixture, version)
-    groups = sample(lm, [ids for _, ids in prompts], how, seed, keep, keys, mixture, watch=watch)
     seen = "" if watch is None else watch.rule.view
-    return [
-        Rollout(problem, ids, s.ids, s.text, group, s.finish, version=version, capture=s.capture,
-                states={} if s.states is None else {seen: s.states})
-        for group, ((problem, ids), samples) in enumerate(zip(prompts, groups, strict=True))
-        for s in samples
-    ]  # fmt: skip
+
+    def made(group: int, s: Sample) -> Rollout:
+        states = {} if s.states is None else {seen: s.states}
+        return Rollout(
+            *prompts[group], s.ids, s.text, group, s.finish, version=version, capture=s.capture, states=states
+        )
+
+    def finished(wave: Mapping[tuple[int, int], Sample]) -> None:
+        assert take is not None
+        take({i * how.group + j: made(i, s) for (i, j), s in wave.items()})
+
+    asked = [ids for _, ids in prompts]
+    groups = sample(lm, asked, how, seed, keep, keys, mixture, watch=watch, finished=finished if take else None)
+    return [made(group, s) for group, samples in enumerate(groups) for s in samples]
 
 
 def from_dataset(lm: LanguageModel, task: Task, prompts: Prompts, how: Sampling) -> list[Rollout]:
@@ -100,19 +112,26 @@ class Supply:
     top_list: int = 0  # ids of their own top lists that the method compares
     tools: ToolUse | None = None  # that the student calls
 
-    def roll_out(self, requests: Mapping[str, Request], version: int) -> dict[str, list[Rollout]]:
+    def roll_out(
+        self,
+        requests: Mapping[str, Request],
+        version: int,
+        take: Callable[[str, Mapping[int, Rollout]], None] | None = None,
+    ) -> dict[str, list[Rollout]]:
         """Rollouts of every source; groups are numbered through, so that no two sources share one.
 
-        `version` counts the optimiser steps that the student has behind it.
+        `version` counts the optimiser steps that the student has behind it. `take` is given every finished wave of the
+        OnPolicy sources: the source's name, and the rollouts by their numbers within it.
         """
         found, offset = {}, 0
         for name, request in requests.items():
-            rollouts = self._rollouts(request, version)
+            hand = partial(take, name) if take is not None and isinstance(request.source, OnPolicy) else None
+            rollouts = self._rollouts(request, version, hand)
             found[name] = [replace(r, source=name, group=r.group + offset) for r in rollouts]
             offset += len(request.prompts) or len(request.replayed) // self.how.group
         return found
 
-    def _rollouts(self, request: Request, version: int) -> list[Rollout]:
+    def _rollouts(self, request: Request, version: int, take: Take | None) -> list[Rollout]:
         source, prompts = request.source, request.prompts
         if isinstance(source, Dataset):
             return from_dataset(self.student, self.task, prompts, self.how)
@@ -126,7 +145,9 @@ class Supply:
             mixture = Mixture(teacher, source.mix, self.prompts_of(teacher, prompts))
         how = self.how if request.limit is None else replace(self.how, max_new_tokens=request.limit)
         watch = self._watch(source, prompts)
-        return on_policy(self.student, prompts, how, 0, self.keep, version, request.keys, mixture, watch, self.tools)
+        return on_policy(
+            self.student, prompts, how, 0, self.keep, version, request.keys, mixture, watch, self.tools, take
+        )
 
     def _watch(self, source: Source, prompts: Prompts) -> Watch | None:
         """The teacher that reads along and may end responses, where the source has one."""

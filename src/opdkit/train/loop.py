@@ -22,6 +22,7 @@ from opdkit.rollouts.rollout import Rollout
 from opdkit.sources import OnPolicy
 from opdkit.step import Scores, Step
 from opdkit.support import Full, Sampled
+from opdkit.train.ahead import without_states
 from opdkit.train.checkpoint import latest_checkpoint, load_checkpoint, load_weights, save_checkpoint
 from opdkit.train.evaluate import evaluate, summary
 from opdkit.train.hooks import first_states, run_hooks
@@ -37,7 +38,7 @@ from opdkit.train.trackers import Trackers
 from opdkit.train.update import Stream, coefficients, expected_batches, losses, parts, plan, streams
 from opdkit.views.batches import flat_index
 from opdkit.views.local import score
-from opdkit.views.route import assign, merge
+from opdkit.views.route import merge
 
 
 def train(recipe: Recipe, *, resume: bool = False) -> Path:
@@ -70,6 +71,7 @@ def train(recipe: Recipe, *, resume: bool = False) -> Path:
                         rollouts = rolling.step(step, state)
                     with clock("score"), keep_batch(run, step, rollouts):
                         steps = {name: make_step(setup, name, rollouts[name], step, state) for name in rollouts}
+                        rollouts = {name: without_states(found) for name, found in rollouts.items()}  # they are scored
                         steps, upcoming = control(setup, steps, state)
                         found = streams(method, steps)
                 with clock("update"), keep_batch(run, step, rollouts, steps):
@@ -156,11 +158,8 @@ def make_step(setup: Setup, source: str, rollouts: list[Rollout], step: int, sta
             views["student"] = score(student, rollouts, flat, support, budget=budget, top_k=setup.keep.top_k)
             flat = replace(flat, views=views)
         for name, view in setup.method.views.items():
-            told, parts = setup.told(view, rollouts), []
-            for teacher, at in assign(view.model, rollouts, name).items():
-                lm = setup.teachers[teacher]
-                seen = setup.as_read_by(lm, [rollouts[s] for s in at], told and [told[s] for s in at])
-                bad = r.train.bad_scores
+            told, parts, bad = setup.told(view, rollouts), [], r.train.bad_scores
+            for lm, at, seen in setup.readings(name, view, rollouts, told):
                 scores = score(lm, seen, flat, view.support, budget=budget, top_k=k, at=at, bad=bad, view=name)
                 parts.append((flat_index(flat, at), scores))
             views[name] = merge(parts)
@@ -200,7 +199,8 @@ def update(
             batches = plan(setup.student, rollouts, steps, found, coefs, part, t.microbatch_tokens)
             expected = expected_batches(model, batches, everyone)
             with setup.autocast():
-                numbers.append(optimiser.step(losses(model, batches, expected, t.head_chunk), expected))
+                shares = losses(model, batches, expected, t.head_chunk, t.head_kernel)
+                numbers.append(optimiser.step(shares, expected))
             setup.averages.update()
     model.model.eval()
     mean = {key: sum(n[key] for n in numbers) / len(numbers) for key in numbers[0]}

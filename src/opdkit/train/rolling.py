@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from opdkit.errors import RunError
+from opdkit.method import View
 from opdkit.prepare import Batch
 from opdkit.rewards.verify import verify_rollouts
 from opdkit.rollouts.replay import ReplayBuffer
@@ -15,6 +16,7 @@ from opdkit.rollouts.rollout import Rollout
 from opdkit.rollouts.sampler import prompt_keys
 from opdkit.rollouts.sources import Request, Supply
 from opdkit.sources import Replay
+from opdkit.train.ahead import Ahead, Reading, without_states
 from opdkit.train.data import PromptOrder
 from opdkit.train.setup import Setup, derive_seed, split_prompts
 
@@ -31,6 +33,8 @@ class Rolling:
             setup.student, setup.teachers, setup.task, setup.sampling, setup.keep, setup.recipe.seed, setup.as_read_by,
             views=setup.method.views, top_list=setup.method.top_list, tools=setup.tools,
         )  # fmt: skip
+        views = setup.read_ahead if setup.recipe.train.score_ahead else {}
+        self.ahead = Ahead(views, self._read, setup.recipe.train.score_tokens, setup.autocast, setup.student.device)
         sources = setup.method.rollouts.items()
         self.buffers = {name: ReplayBuffer(s.capacity) for name, s in sources if isinstance(s, Replay)}
 
@@ -52,21 +56,30 @@ class Rolling:
             requests[name] = Request(setup.method.rollouts[name], mine(prompts), mine(keys), replayed, limit)
             numbers += mine(range(offset, offset + count))
             offset += count
-        with setup.autocast():
-            found = self.supply.roll_out(requests, version=step - 1)
+        with self.ahead as ahead:
+            with setup.autocast():
+                found = self.supply.roll_out(requests, step - 1, ahead.take if ahead.views else None)
+            if "policy" in found:
+                found["policy"] = verify_rollouts(setup.task, found["policy"])
+                self.judged = without_states(found["policy"])
+            found = {name: ahead.attach(name, rollouts) for name, rollouts in found.items()}
         for name, rollouts in found.items():
-            if name == "policy":
-                self.judged = rollouts = verify_rollouts(setup.task, rollouts)
-                batch = Batch(limit, derive_seed(setup.recipe.seed, "prepare", step))
-                for prepare in setup.method.prepare:
-                    rollouts = prepare(rollouts, batch)
-                if not rollouts:  # a step needs tokens: these get weight 0
-                    rollouts = [replace(r, dropped=True) for r in self.judged]
+            prepared = self._prepared(rollouts, limit, step) if name == "policy" else rollouts
             if numbers != list(range(len(numbers))):  # copies cost milliseconds
-                rollouts = [replace(r, group=numbers[r.group]) for r in rollouts]
-            found[name] = rollouts
+                prepared = [replace(r, group=numbers[r.group]) for r in prepared]
+            found[name] = prepared
         self._remember(found)
         return found
+
+    def _read(self, name: str, view: View, rollouts: list[Rollout]) -> list[Reading]:
+        return self.setup.readings(name, view, rollouts, self.setup.told(view, rollouts))
+
+    def _prepared(self, rollouts: list[Rollout], limit: int, step: int) -> list[Rollout]:
+        """What the method's prepare steps make of the judged rollouts."""
+        found, batch = rollouts, Batch(limit, derive_seed(self.setup.recipe.seed, "prepare", step))
+        for prepare in self.setup.method.prepare:
+            found = prepare(found, batch)
+        return found or [replace(r, dropped=True) for r in rollouts]  # a step needs tokens: these get weight 0
 
     def _limit(self, state: Mapping[str, Any]) -> int:
         """Response tokens of the step: the recipe's, or the least that a controller says."""

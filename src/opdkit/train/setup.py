@@ -12,6 +12,7 @@ from opdkit.catalogue import build_method
 from opdkit.config import Recipe, nearest
 from opdkit.contexts import Material
 from opdkit.errors import ModelError, RecipeError
+from opdkit.kernels import check_kernel
 from opdkit.lora import EMA, LIVE
 from opdkit.losses import PolicyGradient
 from opdkit.method import Method, View
@@ -29,10 +30,11 @@ from opdkit.tasks.load import load_task
 from opdkit.tasks.problem import PROBE, Problem, Task, listed
 from opdkit.tasks.prompts import EncodedProblems, encode_problems
 from opdkit.tasks.rows import prompt_key
+from opdkit.train.ahead import Reading, check_ahead, obstacles
 from opdkit.train.keep import to_keep
 from opdkit.train.optimise import updates_per_step
 from opdkit.train.processes import Processes
-from opdkit.views.route import check_routes
+from opdkit.views.route import assign, check_routes
 
 
 @dataclass
@@ -74,6 +76,23 @@ class Setup:
         """The problems as a view's context rewrites them; None for a view that reads the rollouts' own prompts."""
         return None if view.context == "own" else view.context.rewrite(rollouts, self.material)
 
+    def readings(
+        self, name: str, view: View, rollouts: list[Rollout], told: list[Problem | None] | None
+    ) -> list[Reading]:
+        """Who scores a view: each model, the numbers of its rollouts, and these as it reads them (`told`: see there)."""
+        found = []
+        for teacher, at in assign(view.model, rollouts, name).items():
+            lm = self.teachers[teacher]
+            own = None if told is None else [told[s] for s in at]
+            found.append((lm, at, self.as_read_by(lm, [rollouts[s] for s in at], own)))
+        return found
+
+    @property
+    def read_ahead(self) -> dict[str, View]:
+        """The views whose models can read responses while others are sampled (`train.ahead`)."""
+        kept = obstacles(self.recipe, self.method, self.student, self.teachers)
+        return {name: view for name, view in self.method.views.items() if name not in kept}
+
     @property
     def evaluated(self) -> list[LanguageModel]:
         """The teachers that are evaluated once, at the start: not those that are the student itself then."""
@@ -106,6 +125,7 @@ def set_up(recipe: Recipe) -> Setup:
     place = start_processes()
     processes = Processes(place.process_index, place.num_processes, place.device)
     check_processes(recipe, method, processes)
+    check_ahead(recipe, method, split_prompts(method, recipe.train.prompts_per_step), processes.count)
     tools = make_tools(recipe.tools, recipe.task, recipe.sampling)
     task = equipped(load_task(recipe.task), tools, recipe.tools.show if recipe.tools else "template")
     if method.needs_reward and task.verify is None:
@@ -120,6 +140,8 @@ def set_up(recipe: Recipe) -> Setup:
         check_same_vocabulary(student, teacher)
         check_context(teacher, recipe.teachers[teacher.name], task.train, recipe.task)
     check_supports(method, student)
+    check_kernel(recipe, method, student.head().softcap, student.device)
+    obstacles(recipe, method, student, teachers)
     if recipe.train.gradient_checkpointing:
         checkpoint_activations(student.model)
     context = min(lm.context_length for lm in [student, *teachers.values()])
@@ -271,6 +293,9 @@ def notes(setup: Setup) -> list[str]:
     for what, problems in (("training", setup.train), ("held-out", setup.eval)):
         if problems.dropped:
             found.append(f"{problems.dropped} {what} prompts over task.max_prompt_tokens are dropped")
+    if setup.recipe.train.score_ahead:
+        late = obstacles(setup.recipe, setup.method, setup.student, setup.teachers)
+        found += [f"view '{name}' is scored after sampling: {why}" for name, why in late.items()]
     if setup.teachers:
         problem, _ = setup.train[0]
         recipe = setup.recipe

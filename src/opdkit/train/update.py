@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from opdkit.config import HeadKernel
 from opdkit.errors import MethodError
 from opdkit.head import RowTerm, objective
 from opdkit.method import Method, Term
@@ -143,7 +144,11 @@ def plan(
 
 
 def losses(
-    student: LanguageModel, planned: Sequence[MicroBatch], expected: int, chunk: int | None
+    student: LanguageModel,
+    planned: Sequence[MicroBatch],
+    expected: int,
+    chunk: int | None,
+    kernel: HeadKernel = "torch",
 ) -> Iterator[Float[Tensor, ""]]:
     """Yield each micro-batch's share of the loss; the caller runs backward on it. The shares add up to the loss.
 
@@ -152,7 +157,7 @@ def losses(
     """
     for batch in planned:
         hidden = batch.batch.states(student, batch.rollouts)
-        loss, _ = objective(hidden, student.head(), batch.terms(), chunk)
+        loss, _ = objective(hidden, student.head(), batch.terms(), chunk, kernel)
         yield loss
     for _ in range(expected - len(planned)):
         yield student.hidden(torch.zeros(1, 1, dtype=torch.long, device=student.device)).sum() * 0.0
