@@ -66,14 +66,15 @@ smollm2-lora: $(VENV)/.installed
 	$(BIN)/opd report runs/smollm2-lora
 	$(BIN)/opd export runs/smollm2-lora
 
-# Minutes on two quiet cores: step up to 60, head 25, sample 12, scaling 12, plan 10; each takes --quick. Peers take part
-# where they are installed (step needs trl).
+# Minutes on two quiet cores: step up to 60, head 25, sample 12, scaling 12, early_stop 4, plan 10; each takes
+# --quick. Peers take part where they are installed (step needs trl).
 benchmarks: $(VENV)/.installed
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[benchmarks]'
 	$(BIN)/python benchmarks/step.py
 	$(BIN)/python benchmarks/head.py
 	$(BIN)/python benchmarks/sample.py
 	$(BIN)/python benchmarks/scaling.py
+	$(BIN)/python benchmarks/early_stop.py
 	$(BIN)/python benchmarks/plan.py
 	$(BIN)/python scripts/performance.py
 

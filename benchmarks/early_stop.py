@@ -1,12 +1,12 @@
 """What stopping responses early costs and saves: the same training steps with and without it, phase by phase.
 
-    python benchmarks/early_stop.py [--threads 1] [--rounds 3] [--steps 4] [--prompts 8] [--models FOLDER]
+    python benchmarks/early_stop.py [--quick] [--threads 1] [--rounds 6] [--steps 4] [--prompts 8] [--models FOLDER]
 
 The student of the testbed's JSON lists learns by `prune_opd` (responses of up to 96 tokens, k 16, gamma 0.7, a reliability
 that ten events use up) from a teacher that has never seen such lists, and from one that writes them. With `stop_every` n the
 teacher reads along every n tokens (its passes count as sampling), and its states serve the scoring. The learning rate is so
 small that all contenders see the same responses up to where they are stopped. Rounds alternate; of every step the fastest
-round counts. About 2 minutes once the models are built. `--models` names a folder that holds lists-weak, base and lists.
+round counts. About 4 minutes once the models are built. `--models` names a folder that holds lists-weak, base and lists.
 Left out: what a stopped response would have taught (see docs/prune.md), accelerators.
 """
 
@@ -30,9 +30,8 @@ CONTENDERS = [  # teacher, drop, stop_every
     ("lists", FEW, None), ("lists", FEW, 8), ("lists", MANY, None), ("lists", MANY, 8),
 ]  # fmt: skip
 NAMES = {"base": "never saw lists", "lists": "writes lists"}
+QUICK = [("base", FEW, None), ("base", FEW, 8)]
 Json = dict[str, Any]
-
-
 Contender = tuple[str, float, int | None]
 
 
@@ -64,40 +63,43 @@ def fastest(rounds: list[list[Json]]) -> Json:
     return found | means | {"stopped": sum(row.get("count/stopped_early", 0.0) for row in rounds[0]) / count}
 
 
+def table_of(found: dict[Contender, Json], args: argparse.Namespace) -> Table:
+    """A row for each contender; the ratio is to the same teacher's step without reading along."""
+    table = Table(
+        f"One step of {args.prompts} prompts x 4 responses of at most 96 tokens, {args.threads} thread(s), seconds",
+        ["teacher", "events that end it", "stop every", "events/token", "tokens", "stopped", *PHASES, "step / step without"],
+        note="sample includes the teacher's reading along; score is then the vocabulary head alone",
+    )  # fmt: skip
+    for (teacher, drop, every), n in found.items():
+        ratio = n["step"] / found[teacher, drop, None]["step"]
+        stopped = None if every is None else n["stopped"]
+        phases = [n[p] for p in PHASES]
+        table.rows.append([NAMES[teacher], round(1 / drop), every, n["drift"], n["tokens"], stopped, *phases, ratio])
+    return table
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    for name, default in (("threads", 1), ("rounds", 3), ("steps", 4), ("prompts", 8)):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--quick", action="store_true", help="two contenders, one round of two steps; nothing is written"
+    )
+    for name, default in (("threads", 1), ("rounds", 6), ("steps", 4), ("prompts", 8)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--models", default="testbed:")
     args = parser.parse_args()
     args.models = args.models if args.models == "testbed:" else args.models.rstrip("/") + "/"
+    if args.quick:
+        args.rounds, args.steps = 1, 2
     torch.set_num_threads(args.threads)
-    runs: dict[Contender, list[list[Json]]] = {c: [] for c in CONTENDERS}
+    runs: dict[Contender, list[list[Json]]] = {c: [] for c in (QUICK if args.quick else CONTENDERS)}
     with tempfile.TemporaryDirectory() as folder:
         for number in range(args.rounds):
-            for place, contender in enumerate(CONTENDERS):
+            for place, contender in enumerate(runs):
                 runs[contender].append(steps_of(contender, args, Path(folder) / f"{number}-{place}"))
-    found = {c: fastest(rounds) for c, rounds in runs.items()}
-    table = Table(
-        f"One step of {args.prompts} prompts x 4 responses of at most 96 tokens, {args.threads} thread(s), seconds",
-        [
-            "teacher",
-            "events that end it",
-            "stop every",
-            "events/token",
-            "tokens",
-            "stopped",
-            *PHASES,
-            "of the time without",
-        ],
-        note="sample includes the teacher's reading along; score is then the vocabulary head alone",
-    )
-    for (teacher, drop, every), n in found.items():
-        share = n["step"] / found[teacher, drop, None]["step"]
-        seconds = [n[p] for p in PHASES]
-        stopped = None if every is None else n["stopped"]
-        table.rows.append([NAMES[teacher], round(1 / drop), every, n["drift"], n["tokens"], stopped, *seconds, share])
+    table = table_of({c: fastest(rounds) for c, rounds in runs.items()}, args)
     print(table.markdown())
+    if args.quick:
+        return
     keys = (*(f"seconds/{p}" for p in PHASES), "tokens")
     raw = {str(c): [[{k: row[k] for k in keys} for row in r] for r in rounds] for c, rounds in runs.items()}
     options = " ".join(f"--{name} {getattr(args, name)}" for name in ("threads", "rounds", "steps", "prompts"))

@@ -32,6 +32,7 @@ class Benchmark:
     title: str
     about: str
     bound: str
+    left: str = "No target was set."  # where a benchmark has no targets
 
 
 BENCHMARKS = (
@@ -67,6 +68,17 @@ BENCHMARKS = (
         "The FLOPs of the forwards and backwards that are needed (linear layers, causal attention, head; each prompt once "
         "for its group) at the rate of this machine's products of the same shapes, measured in the same process. What is "
         "elementwise is not in it (softmax, norms, drawing, AdamW), nor is Python, so 100% cannot be reached.",
+    ),
+    Benchmark(
+        "early_stop", "Stopping responses early",
+        "The same training steps of `prune_opd` with and without a teacher that reads along while the student samples, and "
+        "ends a response in which too many events have happened ([prune.md](prune.md)). One teacher has never seen such "
+        "lists, so that nearly every response is stopped; the other writes them.",
+        "A token that is not drawn is neither read by the teacher nor trained on, so a step needs at least the share of "
+        "the tokens that is left of the time without. Where nothing is stopped, reading along replaces the pass that scores, "
+        "and 1 would be free of charge: what is above it is the price of reading in small pieces.",
+        "A larger `stop_every` reads in larger pieces and stops later. The teacher's passes could run while the student "
+        "draws; they do not.",
     ),
     Benchmark(
         "plan", "What `opd plan` predicts",
@@ -160,7 +172,7 @@ def section(b: Benchmark, result: Result | None, files: dict[Path, str]) -> str:
         images.append(f"![{chart.title}]({path.relative_to(PAGE.parent)})")
     parts += [" ".join(pair) for pair in (images[i : i + 2] for i in range(0, len(images), 2))]
     parts += [f"{table.markdown()}\n\n{table.note}".rstrip() for table in result.tables]
-    return "\n\n".join([*parts, left(result)])
+    return "\n\n".join([*parts, left(b, result)])
 
 
 def machine(result: Result) -> str:
@@ -169,11 +181,11 @@ def machine(result: Result) -> str:
     return f"Measured on {result.date} in {result.minutes:g} minutes: {m['processor']}, {cores}."
 
 
-def left(result: Result) -> str:
-    """What is left: the targets that were missed."""
+def left(b: Benchmark, result: Result) -> str:
+    """What is left: the targets that were missed, or the benchmark's own words where it has none."""
     missed = [f"* {t.what}: {t.value}, target {t.target}" for t in result.targets if not t.met]
     if not result.targets:
-        return "**Left.** No target was set."
+        return f"**Left.** {b.left}"
     return "\n".join(["**Left.** Missed targets:", "", *missed]) if missed else "**Left.** Every target is met."
 
 

@@ -5,6 +5,7 @@ import math
 import sys
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 from xml.etree import ElementTree
 
 import pytest
@@ -14,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT / "scripts"), str(ROOT / "benchmarks")]
 
+import early_stop  # noqa: E402
 import measure  # noqa: E402
 import performance  # noqa: E402
 from bound import Model, Part, Rates, Texts, sampling, scoring, updating  # noqa: E402
@@ -143,6 +145,28 @@ def test_the_page_says_what_the_files_say(site):
     assert "![Rates](performance/sample-rates.svg)" in page and (site / "performance" / "sample-rates.svg").is_file()
     assert "No results yet: `python benchmarks/head.py` writes `benchmarks/results/head.json`" in page
     assert performance.main(check=True) == 0
+
+
+def test_a_benchmark_without_targets_says_in_its_own_words_what_is_left(site):
+    """The table of benchmarks/early_stop.py from made-up seconds: ratios to the same teacher's step, and their bars."""
+    args = SimpleNamespace(prompts=8, threads=1)
+    steps = {None: {"sample": 0.2, "score": 0.1, "update": 0.2, "step": 0.5},
+             8: {"sample": 0.1, "score": 0.0, "update": 0.1, "step": 0.2}}  # fmt: skip
+    numbers = {"drift": 1.0, "tokens": 100.0, "stopped": 32.0}
+    table = early_stop.table_of({("base", 0.1, every): s | numbers for every, s in steps.items()}, args)
+    assert table.rows == [["never saw lists", 10, None, 1.0, 100.0, None, 0.2, 0.1, 0.2, 0.5, 1.0],
+                          ["never saw lists", 10, 8, 1.0, 100.0, 32.0, 0.1, 0.0, 0.1, 0.2, 0.4]]  # fmt: skip
+    measure.write("early_stop", "python benchmarks/early_stop.py --threads 1", [table], [], {})
+    bars = performance.ratio_bars(table)
+    assert bars is not None and bars.lines == {
+        "step / step without": [["never saw lists, 10, None", 1.0], ["never saw lists, 10, 8", 0.4]]
+    }
+    performance.main(check=False)
+    page = (site / "performance.md").read_text()
+    section = page.split("## Stopping responses early")[1].split("\n## ")[0]
+    assert "| never saw lists | 10 | 8 | 1 | 100 | 32 | 0.1 | 0 | 0.1 | 0.2 | 0.4 |" in section
+    assert "**Bound.** A token that is not drawn" in section and "**Left.** A larger `stop_every` reads" in section
+    assert "Not measured: stopping responses early" not in page
 
 
 def test_check_fails_when_a_file_is_not_what_the_results_give(site, capsys):

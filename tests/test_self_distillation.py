@@ -328,7 +328,7 @@ def test_a_plan_counts_a_self_teachers_weights_once(self_data, path, lora, share
     assert (teacher.shared, teacher.bytes, teacher.trained) == (shared, 0 if shared else student.bytes, 0)
     assert teacher.parameters == student.parameters
     assert ("the student itself" in as_text(found)) is shared
-    assert any("what its context adds is not counted" in note for note in found.notes)
+    assert any(note.startswith("view 'teacher': teacher reads prompts of ") for note in found.notes)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

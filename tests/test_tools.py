@@ -4,7 +4,6 @@ import json
 import threading
 import time
 from dataclasses import dataclass, replace
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,7 +22,7 @@ from opdkit.rollouts.tools import ToolUse, equipped
 from opdkit.tasks.calculator import CalculationError, Calculator, calculate, show
 from opdkit.tasks.environments import Call, Guarded, Limits, Observation, answer, make_environment, shortened
 from opdkit.tasks.load import load_task
-from opdkit.tasks.problem import Problem, Task, Trace, Verdict
+from opdkit.tasks.problem import Problem, Task, Trace
 from opdkit.tasks.prompts import encode_prompt
 from opdkit.tasks.turns import dataset_rollouts
 from opdkit.train.loop import train
@@ -619,79 +618,6 @@ def test_recipes_that_cannot_work_with_tools(agent_data, changes, says):
 
 class TwoTools(RudeWorld):
     tools = RudeWorld.tools * 2
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Environments of the library `verifiers`: a small one with the documented methods
-
-
-class FakeRubric:
-    async def score_rollout(self, state):
-        assert state["prompt"][-1]["role"] == "user" and state["info"] == {}
-        state["reward"] = float(state["completion"][-1]["content"].strip() == state["answer"])
-
-
-class FakeToolEnv:
-    """As a verifiers.ToolEnv: data sets of rows, `tool_defs`, an asynchronous `call_tool` that returns a message."""
-
-    def __init__(self, size, tools=True, held=True):
-        rows = [{"prompt": [{"role": "user", "content": f"{n}+{n}=?"}], "answer": str(2 * n)} for n in range(size)]
-        self.rows, self.eval_dataset, self.rubric = rows, rows[:3] if held else None, FakeRubric()
-        parameters = {"type": "object", "properties": {"x": {"type": "integer"}}, "required": ["x"]}
-        self.tool_defs = [SimpleNamespace(name="double", description="twice x", parameters=parameters)] if tools else []
-
-    def get_dataset(self, n=-1, seed=None):
-        return self.rows
-
-    def get_eval_dataset(self, n=-1, seed=None):
-        return self.eval_dataset
-
-    async def call_tool(self, tool_name, tool_args, tool_call_id, **kwargs):
-        return SimpleNamespace(role="tool", content=str({"double": lambda x: 2 * x}[tool_name](**tool_args)))
-
-
-def load_environment(size=8, kind="tools", held=True):
-    if kind == "stateful":
-        made = FakeToolEnv(size)
-        made.update_tool_args = None
-        return made
-    if kind == "single":
-        made = FakeToolEnv(size)
-        return SimpleNamespace(**vars(made), get_dataset=made.get_dataset, get_eval_dataset=made.get_eval_dataset)
-    return FakeToolEnv(size, held=held)
-
-
-def test_a_verifiers_environment_as_a_task():
-    config = TaskConfig(kind="verifiers", path="test_tools:load_environment", settings={"size": 6}, eval_size=2)
-    task = load_task(config)
-    assert [p.answer for p in task.eval] == ["0", "2"] and [p.answer for p in task.train] == ["4", "6", "8", "10"]
-    assert task.verify(task.train[0], " 4\n") == Verdict(1.0, True) and task.verify(task.train[0], "5") == Verdict(
-        0.0, False
-    )
-    split = load_task(config.model_copy(update={"settings": {"size": 6, "held": False}}))
-    assert len(split.eval) == 2 and len(split.train) == 4
-    with pytest.raises(RecipeError, match="cannot be imported"):
-        load_task(config.model_copy(update={"path": "test_tools:nothing"}))
-    with pytest.raises(RecipeError, match="without get_dataset"):
-        load_task(config.model_copy(update={"path": "test_tools:RudeWorld", "settings": {}}))
-    with pytest.raises(RecipeError, match=r"task\.name"):
-        load_task(config.model_copy(update={"name": "x"}))
-
-
-def test_the_tools_of_a_verifiers_environment(scripted):
-    settings = {"path": "test_tools:load_environment", "size": 4}
-    world = make_environment("verifiers", settings)
-    assert world.tools[0]["function"]["name"] == "double"
-    lm = make_lm(QWEN)
-    use = ToolUse(world, TemplateCalls(world.tools, CHAT), 4, Limits())
-    turns = ['<tool_call>{"name": "double", "arguments": {"x": 21}}</tool_call><|end|>',
-             '<tool_call>{"name": "double", "arguments": {"x": [{}]}}</tool_call><|end|>', "42<|end|>"]  # fmt: skip
-    [rollout], _ = scripted(lm, use, [turns], limit=400, problems=[replace(PROBLEM, tools=world.tools)])
-    assert shown(lm, rollout)[1][0] == "\n<|start|>user\n=42<|end|>\n<|start|>assistant\n"
-    assert rollout.calls == ("ok", "ok") and rollout.final == "42"
-    for kind, says in (("single", "has no tools"), ("stateful", "the state of a rollout")):
-        with pytest.raises(RecipeError, match=says):
-            make_environment("verifiers", settings | {"kind": kind})
 
 
 SMOLLM2 = """{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|start|>system

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from opdkit.errors import MethodError, RecipeError
-from opdkit.hooks import Now, State
+from opdkit.hooks import Now, State, Work
 from opdkit.serialise import register
 from opdkit.values import Value
 
@@ -87,6 +87,15 @@ class EffOPD(Value):
         numbers = self._search(now, own, trained, reference)
         numbers["seconds"] = time.perf_counter() - began
         return {"reference": copy(own) if self.reference == "accepted" else trained}, numbers
+
+    def work(self, steps: int, parameters: Mapping[str, Tensor]) -> Work:
+        """For a plan: every jump scores W and all its candidates, and holds W, R and then the new R."""
+        if not self.tries:
+            return Work()
+        size = sum(p.nbytes for p in self._own(parameters).values())
+        scored = 1 + self.tries if self.needs() else 0
+        again = self.reference == "accepted"
+        return Work(steps.bit_length(), scored, self.problems if scored else 0, size, size, (1 + again) * size)
 
     def _search(
         self, now: Now, own: Mapping[str, Tensor], trained: Mapping[str, Tensor], reference: Mapping[str, Tensor]

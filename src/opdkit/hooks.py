@@ -26,9 +26,25 @@ class Now:
     ]  # of the student on so many training problems; NaN where its numbers are not finite
 
 
+@dataclass(frozen=True)
+class Work:
+    """What a hook costs, for a plan, at most: how often it acts in a run, and each time how often it asks for an accuracy
+    on how many problems; and bytes of main memory, always, beside them while it asks, and at its end."""
+
+    times: int = 0
+    accuracies: int = 0
+    problems: int = 0
+    kept: int = 0
+    asking: int = 0
+    ending: int = 0
+
+
 @runtime_checkable
 class Hook(Protocol):
-    """Runs after every step's updates, in every process alike."""
+    """Runs after every step's updates, in every process alike.
+
+    A hook may also say what it costs, `work(steps, parameters) -> Work`; a plan counts nothing for one that does not.
+    """
 
     @property
     def name(self) -> str: ...

@@ -11,6 +11,7 @@ OWN = {  # the setting that each phase can be made smaller with
     "sample": "sampling.max_rows",
     "score": "train.score_tokens",
     "update": "train.microbatch_tokens",
+    "hooks": "sampling.max_rows",
     "evaluate": "sampling.max_rows",
 }
 ROUNDS = 3  # a smaller setting of one phase can show that another one is too large
@@ -84,6 +85,8 @@ def _rows(tried: Plan, phase: Phase, now: int, unit: int) -> int:
     """Sequences that a phase works on together."""
     if phase.name == "sample":
         return min(now, tried.job.rows())
+    if phase.name == "hooks":
+        return min(now, max((work.problems for work in tried.job.works.values()), default=1))
     if phase.name == "evaluate":
         return min(now, tried.recipe.task.eval_size * tried.recipe.eval.samples)
     return max(1, min(now // unit, tried.job.rows()))

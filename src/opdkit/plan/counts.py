@@ -1,5 +1,6 @@
 """What a recipe does, counted: steps, rollouts, updates and tokens, and the data where it is on this machine."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,6 +9,7 @@ from opdkit.errors import RecipeError
 from opdkit.method import Method
 from opdkit.plan.architectures import Architecture
 from opdkit.plan.texts import Lengths, chance
+from opdkit.rollouts.tools import equipped, make_tools
 from opdkit.sources import OnPolicy, Replay
 from opdkit.tasks.load import check_settings, load_task
 from opdkit.tasks.problem import Problem
@@ -28,6 +30,8 @@ class Data:
     encoded: bool = False  # whether the prompts were read with the student's tokenizer
     first: Problem | None = None  # of the training problems
     prompts: tuple[int, ...] = ()  # tokens of some of their prompts, evenly spread over them; () where unknown
+    problems: Sequence[Problem] = ()  # the training problems whose prompts could be read; () where they could not
+    target: Callable[[Problem], str] | None = None  # Task.target
 
 
 @dataclass(frozen=True)
@@ -102,7 +106,8 @@ def _data(recipe: Recipe, method: Method, student: Architecture, context: int) -
     check_settings(config)
     if not is_here(config):
         return Data(str(config.path))
-    task = load_task(config)
+    use = make_tools(recipe.tools, config, recipe.sampling)
+    task = equipped(load_task(config), use, recipe.tools.show if recipe.tools else "template")
     if method.needs_reward and task.verify is None:
         raise RecipeError(f"method {method.name} learns from rewards, but task '{task.name}' has no verifier; "
                           "give the data an answer column or set task.verifier")  # fmt: skip
@@ -112,7 +117,8 @@ def _data(recipe: Recipe, method: Method, student: Architecture, context: int) -
     train = encode_problems(task.train, student.tokenizer, config, context, new)
     held_out = encode_problems(task.eval, student.tokenizer, config, context, recipe.eval.max_new_tokens or new)
     read = [len(train[i][1]) for i in range(0, len(train), max(1, len(train) // PROMPTS))]
-    return Data(task.name, len(train), len(held_out), train.dropped, True, train.problems[0], tuple(read))
+    return Data(task.name, len(train), len(held_out), train.dropped, True, train.problems[0], tuple(read), train.problems,
+                task.target)  # fmt: skip
 
 
 def is_here(config: TaskConfig) -> bool:

@@ -12,10 +12,11 @@ from dataclasses import dataclass
 
 import torch
 
+from opdkit.lora import EMA
 from opdkit.plan.hardware import Gpu
 from opdkit.plan.memory import Job, Model, token_bytes
 from opdkit.plan.passes import Products, exact_kl_flops, scoring_flops, updating_flops
-from opdkit.plan.timing import Decoding
+from opdkit.plan.timing import Along, Decoding
 
 PRODUCTS = 0.35  # share of the data sheet's FLOP/s that forward and backward passes reach
 READING = 0.6  # share of the memory's bandwidth that decoding reaches
@@ -37,7 +38,11 @@ class Datasheet:
 
     def update(self) -> float:
         t = self.job.recipe.train
-        moved = 8 * self.job.student.trained_bytes / self.job.shards  # weights, gradients and moments, read and written
+        student = self.job.student
+        moved = 8 * student.trained_bytes / self.job.shards  # weights, gradients and moments, read and written
+        moved += len(self.job.paths(EMA)) * (
+            student.trained_bytes + 8 * student.trained
+        )  # an average, read and written
         return updating_flops(self.job) / self._rate + t.minibatches * t.epochs * moved / self._bandwidth
 
     def other(self) -> float:
@@ -46,14 +51,16 @@ class Datasheet:
     def exact_kl(self, prompts: int) -> float:
         return exact_kl_flops(self.job, self.job.counts.lengths.texts(prompts, 1)) / self._rate
 
-    def decoding(self, models: Sequence[Model], group: int, rows: int, *, training: bool) -> Decoding:
-        """Every step reads all weights and every row's cache."""
+    def decoding(
+        self, models: Sequence[Model], group: int, rows: int, *, training: bool, along: Along | None = None
+    ) -> Decoding:
+        """Every step reads all weights and every row's cache; who reads along does so for several tokens at once."""
         step = row = pair = prompt = 0.0
-        for model in models:
+        for model, every in [*((m, 1) for m in models), *([] if along is None else [(along[0], along[1].every)])]:
             p, layers = Products.of(model), model.architecture.layers
-            step += model.parameters * self._width(model) / self._bandwidth + layers * OPERATIONS * LAUNCH
+            step += (model.parameters * self._width(model) / self._bandwidth + layers * OPERATIONS * LAUNCH) / every
             row += (p.token + p.logits) / self._rate
-            pair += layers * token_bytes(model.architecture, (self._width(model),) * 2) / self._bandwidth
+            pair += layers * token_bytes(model.architecture, (self._width(model),) * 2) / self._bandwidth / every
             prompt += p.token / self._rate
         return Decoding(0.0, prompt, step, row, pair)
 

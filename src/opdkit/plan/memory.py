@@ -6,20 +6,25 @@ together phase by phase (`phases`).
 Units: bytes. Axes: R rows that decode together, C rows of a head's chunk, V vocabulary.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from math import ceil
 from typing import Any
 
 from opdkit.config import Recipe
+from opdkit.hooks import Work
 from opdkit.layers import KNOWN
 from opdkit.lm_head import BLOCK_ENTRIES, CHUNK_ENTRIES, DEVICE_BLOCK_ENTRIES
+from opdkit.lora import EMA, LIVE
 from opdkit.method import Method
 from opdkit.plan.architectures import Architecture
 from opdkit.plan.counts import Counts, samples
+from opdkit.plan.reading import Reading, Readings
 from opdkit.plan.rehearse import Rehearsal
 from opdkit.plan.texts import Lengths
 from opdkit.rollouts.cache import ROOM, SHARED, BufferLayer, make_cache
 from opdkit.rollouts.rollout import Rollout
+from opdkit.sources import EarlyStop, OnPolicy
 
 DRAW = 16  # bytes for each logit while a token is drawn: logits, probabilities and their temporaries (draw.py)
 DRAW_BLOCKS = 4  # on a CPU only the logits are whole; the rest is formed in blocks
@@ -81,6 +86,7 @@ class Job:
     teachers: dict[str, Model]
     gpus: int
     cuda: bool  # whether a GPU does the work
+    readings: Readings = field(default_factory=dict)
 
     @property
     def models(self) -> dict[str, Model]:
@@ -105,6 +111,48 @@ class Job:
         """Responses to each of a source's prompts."""
         return self.recipe.sampling.group if samples(self.method, source) else 1
 
+    @property
+    def turns(self) -> int:
+        """Pieces in which a response is sampled: its turns, where the recipe has tools."""
+        return self.recipe.tools.turns if self.recipe.tools else 1
+
+    def paths(self, *paths: str) -> list[str]:
+        """The teachers that the recipe gives one of these paths."""
+        return [name for name, config in self.recipe.teachers.items() if config.path in paths]
+
+    @property
+    def compared(self) -> dict[str, Model]:
+        """The teachers whose exact reverse KL is measured: not the student as it is (train.evaluate)."""
+        return {name: t for name, t in self.teachers.items() if name not in self.paths(LIVE)}
+
+    @property
+    def evaluated(self) -> dict[str, Model]:
+        """The teachers that are evaluated once (train.setup.Setup.evaluated)."""
+        moving = self.paths(LIVE, EMA)
+        return {name: t for name, t in self.teachers.items() if self.recipe.eval.teacher and name not in moving}
+
+    @property
+    def works(self) -> dict[str, Work]:
+        """What the hooks do that say so."""
+        trained = {name: p for name, p in self.student.meta.named_parameters() if p.requires_grad}
+        steps = self.recipe.train.steps
+        return {hook.name: hook.work(steps, trained) for hook in self.method.after_update if hasattr(hook, "work")}
+
+    def along(self, source: str) -> EarlyStop | None:
+        """The rule by which a teacher reads along and may end this source's responses."""
+        found = self.method.rollouts[source]
+        return found.stop_early if isinstance(found, OnPolicy) else None
+
+    def follower(self, source: str) -> Model | None:
+        """The teacher that reads along."""
+        rule = self.along(source)
+        return None if rule is None else self.teachers[self.method.views[rule.view].models[0]]
+
+    def read_by(self, view: str, teacher: str, texts: Sequence[Rollout], *, longest: bool = False) -> list[Rollout]:
+        """Texts as the teacher of a view reads them."""
+        reading: Reading | None = self.readings.get((view, teacher))
+        return list(texts) if reading is None else reading.reread(texts, longest=longest)
+
     def texts(self, source: str, *, longest: bool = False) -> list[Rollout]:
         """Texts as one GPU's of a step's; `longest`: to prompts that are all as long as the longest."""
         group = self.group(source)
@@ -124,14 +172,17 @@ class Job:
         return Rehearsal(model.architecture, self.recipe.train.precision, lora, self.cuda)
 
 
-def cache_bytes(model: Model, prompts: int, rows: int, lengths: Lengths, sizes: tuple[int, int]) -> int:
+def cache_bytes(
+    model: Model, prompts: int, rows: int, lengths: Lengths, sizes: tuple[int, int], *, alone: bool = False
+) -> int:
     """The sampler's key-value cache at its largest; `sizes` are bytes of one number of keys and values.
 
     A full-attention layer's buffer has room to spare, and the last one that grows exists twice (rollouts.cache.Buffer).
-    Where a group's rows read one copy of their prompt (rollouts.cache.Part), only what they write is theirs.
+    Where a group's rows read one copy of their prompt (rollouts.cache.Part), only what they write is theirs; not for a
+    teacher that reads along (`alone`), whose rows have copies.
     """
     prompt = lengths.longest
-    shared = model.written_out and prompt >= SHARED and prompts < rows
+    shared = not alone and model.written_out and prompt >= SHARED and prompts < rows
     sizes_now = []
     for now, before in capacities(0 if shared else prompt, rows, lengths):
         total = before

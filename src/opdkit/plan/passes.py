@@ -9,11 +9,13 @@ FLOPs are 2 for each multiplication with its addition.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
+from math import ceil
 
 from opdkit.models import LanguageModel
 from opdkit.plan.architectures import linear_layers
 from opdkit.plan.counts import samples
 from opdkit.plan.memory import Job, Model
+from opdkit.plan.reading import OWN
 from opdkit.rollouts.rollout import Rollout
 from opdkit.sources import OnPolicy, TeacherSamples
 from opdkit.support import Full
@@ -111,7 +113,7 @@ def products(model: Model, depths: Depths) -> Products:
 
 
 def samplers(job: Job) -> dict[str, list[Model]]:
-    """The models that sample each source's responses, in lock-step where there are two."""
+    """The models that sample each source's responses, in lock-step where there are two; not who reads along."""
     found = {}
     for name, source in job.method.rollouts.items():
         if isinstance(source, TeacherSamples):
@@ -126,25 +128,33 @@ def samplers(job: Job) -> dict[str, list[Model]]:
 def sampling_flops(job: Job) -> float:
     total = 0.0
     for name, models in samplers(job).items():
-        every = Pass(tuple(job.texts(name)), packed=True)  # a prompt is read once for its group
-        for model in models:
+        rows, group = job.rows(name), job.group(name)
+        first, *later = job.counts.lengths.cut(job.turns)
+        # a prompt is read once for its group; behind it every row has a context of its own
+        texts = [first.texts(ceil(rows / group), group), *(piece.texts(rows, 1) for piece in later)]
+        drawn = [Pass(tuple(t), packed=True) for t in texts]
+        follower = job.follower(name)
+        for model in [*models, *([] if follower is None else [follower])]:
             p = Products.of(model)
-            total += p.forward([every]) + p.logits * every.trained
+            total += p.forward(drawn) + p.logits * sum(each.trained for each in drawn)
     return total
 
 
 def scoring_flops(job: Job, depths: Depths = WHOLE) -> float:
     """Every view reads every source's texts, with as large a part for each of its teachers where it has one a domain; the
-    student where a source did not record what it is asked for."""
+    student where a source did not record what it is asked for. Who read along while they were sampled forms logits only."""
     total = 0.0
     for name, source in job.method.rollouts.items():
         texts = job.texts(name)
         student = job.method.reads_student(name) and not isinstance(source, OnPolicy)
-        own = [job.student] if student or job.recipe.sampling.rescore else []
-        asked = [(job.teachers[m], 1 / len(v.models)) for v in job.method.views.values() for m in v.models]
-        for model, share in [*((student, 1.0) for student in own), *asked]:
-            p, cut = products(model, depths), passes(model, texts, job.recipe.train.score_tokens)
-            total += share * (p.forward(cut) + p.logits * sum(c.trained for c in cut))
+        asked = [(job.student, 1.0, texts, True)] if student or job.recipe.sampling.rescore else []
+        rule = job.along(name)
+        for view, v in job.method.views.items():
+            again = rule is None or rule.view != view
+            asked += [(job.teachers[m], 1 / len(v.models), job.read_by(view, m, texts), again) for m in v.models]
+        for model, share, read, again in asked:
+            p, cut = products(model, depths), passes(model, read, job.recipe.train.score_tokens)
+            total += share * (again * p.forward(cut) + p.logits * sum(c.trained for c in cut))
     return total
 
 
@@ -160,10 +170,12 @@ def updating_flops(job: Job, depths: Depths = WHOLE) -> float:
 
 
 def exact_kl_flops(job: Job, texts: Sequence[Rollout], depths: Depths = WHOLE) -> float:
-    """Of one evaluation's exact reverse KL: every teacher reads the texts, and both sides' logits are formed."""
+    """Of one evaluation's exact reverse KL: every teacher that is not the student as it is reads the texts, and both sides'
+    logits are formed."""
     total = 0.0
-    for teacher in job.teachers.values():
-        p, cut = products(teacher, depths), passes(teacher, texts, job.recipe.train.score_tokens)
+    for name, teacher in job.compared.items():
+        read = job.read_by(OWN, name, texts)
+        p, cut = products(teacher, depths), passes(teacher, read, job.recipe.train.score_tokens)
         own = Products.of(job.student).logits
         total += p.forward(cut) + (2 * p.logits + own) * sum(c.trained for c in cut)
     return total

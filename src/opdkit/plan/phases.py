@@ -10,9 +10,13 @@ from collections.abc import Sequence
 from math import ceil
 from typing import Any
 
+import torch
+
+from opdkit.lora import EMA
 from opdkit.method import Method
 from opdkit.plan.architectures import linear_layers
 from opdkit.plan.counts import samples
+from opdkit.plan.drawing import decoding, row_count, total
 from opdkit.plan.memory import (
     LOSS_BLOCKS,
     SCORE_BLOCKS,
@@ -20,18 +24,14 @@ from opdkit.plan.memory import (
     Model,
     Part,
     Phase,
-    cache_bytes,
     chunk_bytes,
-    draw_bytes,
     record_bytes,
     signal_bytes,
-    token_bytes,
 )  # fmt: skip
 from opdkit.plan.meter import LEFT
 from opdkit.plan.passes import passes
-from opdkit.plan.texts import Lengths
+from opdkit.plan.reading import OWN
 from opdkit.rollouts.rollout import Rollout
-from opdkit.rollouts.sampler import wave_rows
 from opdkit.sources import OnPolicy, TeacherSamples
 from opdkit.support import Full, TopK
 from opdkit.train.keep import to_keep
@@ -41,7 +41,9 @@ GRADIENTS = "gradients"
 
 def phases(job: Job) -> tuple[Phase, ...]:
     """The phases of a step that a recipe has, in their order, and the evaluation."""
-    own = {"sample": _sample(job), "score": _score(job), "update": _update(job), "evaluate": _evaluate(job)}
+    own = {
+        "sample": _sample(job), "score": _score(job), "update": _update(job), "hooks": _hooks(job), "evaluate": _evaluate(job),
+    }  # fmt: skip
     always = tuple(part for part in _resident(job) if part.bytes)
     learning = tuple(part for part in always if not (part.what == GRADIENTS and made_there(job)))
     return tuple(
@@ -68,7 +70,18 @@ def _resident(job: Job) -> tuple[Part, ...]:
     ]
     if not job.cuda:
         parts.append(Part("gaps between blocks", LEFT))
-    return (*parts, *(Part(f"{name} weights", t.bytes) for name, t in job.teachers.items() if not t.shared))
+        parts += [Part(f"{name}'s copy of weights", work.kept) for name, work in job.works.items()]
+    parts += [Part(f"{name} weights", t.bytes) for name, t in job.teachers.items() if not t.shared]
+    return (*parts, *(Part(f"{name}'s average", average_bytes(job, name)) for name in job.paths(EMA)))
+
+
+def average_bytes(job: Job, name: str) -> int:
+    """What `student:ema` keeps beside a copy of the weights: a float32 average where the copy is less exact; with adapters
+    the average of them, of which there is no copy (self_teacher.Averages)."""
+    student, teacher = job.student, job.teachers[name]
+    if teacher.shared:
+        return student.trained_bytes + (4 * student.trained if student.trained_bytes < 4 * student.trained else 0)
+    return 4 * student.trained if getattr(torch, teacher.architecture.settings.dtype).itemsize < 4 else 0
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -84,39 +97,17 @@ def _sample(job: Job) -> tuple[Part, ...]:
         record = record_bytes(keep.top_k, job.rehearsal(job.student).hidden_size() if keep.hidden else 0)
         mixed = [src.mixed_with for src in job.method.rollouts.values() if isinstance(src, OnPolicy) and src.mixed_with]
         models = [job.student, *(job.teachers[name] for name in mixed)]
-        parts = _decoding(job, models, rows, s.group, lengths, record)
+        followers = [(model, rule.every) for name in job.method.rollouts
+                     if (rule := job.along(name)) and (model := job.follower(name))]  # fmt: skip
+        parts = decoding(job, models, rows, s.group, lengths, record, followers)
         parts = (*_whole_student(job), *parts, _autocast_copies(job), *_ahead(job))
     for source in job.method.rollouts.values():
         if isinstance(source, TeacherSamples):
             teacher = job.teachers[source.teacher]
             count = ceil(job.counts.prompts / job.gpus)
-            answers = _decoding(job, [teacher], count, 1, lengths, record_bytes(1, 0))
-            parts = max(parts, answers, key=_total)
+            answers = decoding(job, [teacher], count, 1, lengths, record_bytes(1, 0))
+            parts = max(parts, answers, key=total)
     return parts
-
-
-def _decoding(job: Job, models: list[Model], rows: int, group: int, lengths: Lengths, record: int) -> tuple[Part, ...]:
-    """Sampling `rows` responses with one model, or with several in lock-step: the larger of prompts and tokens."""
-    most, prompt, tokens = job.recipe.sampling.max_rows, lengths.longest, lengths.longest + lengths.limit
-    wave = min(rows, wave_rows(most, group))
-    prompts = ceil(wave / group)
-    records = Part("records of the step's samples", int(rows * lengths.response * record), "train.prompts_per_step")
-    reading, writing = [], []
-    for model in models:
-        rehearsal, name = job.rehearsal(model), model.architecture.name
-        sizes = rehearsal.cache()
-        cache = Part(f"{name} key-value cache of {_rows(wave)}", cache_bytes(model, prompts, wave, lengths, sizes),
-                     "sampling.max_rows")  # fmt: skip
-        # a wave's records exist three times while they are put in order (sampler._Recorder), when no token is drawn
-        step = max(
-            rehearsal.decode(wave, tokens - 1) + draw_bytes(model.architecture.vocab, wave, job.cuda),
-            int(2 * wave * lengths.response * record),
-        )
-        writing += [cache, Part(f"{name} decoding step", step, "sampling.max_rows")]
-        read = prompts * prompt * model.architecture.layers * token_bytes(model.architecture, sizes)
-        first = rehearsal.read(prompts, prompt) + read
-        reading.append(Part(f"{name} reading {prompts} prompt{'s' * (prompts > 1)}", first, "sampling.max_rows"))
-    return (*max(reading, writing, key=_total), records)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -124,21 +115,31 @@ def _decoding(job: Job, models: list[Model], rows: int, group: int, lengths: Len
 
 
 def _score(job: Job) -> tuple[Part, ...]:
-    asked = [(job.teachers[m], isinstance(v.support, Full)) for v in job.method.views.values() for m in v.models]
+    asked = [
+        (job.teachers[m], isinstance(v.support, Full), name) for name, v in job.method.views.items() for m in v.models
+    ]
     if job.recipe.sampling.rescore or any(
         job.method.reads_student(name) and not isinstance(source, OnPolicy)
         for name, source in job.method.rollouts.items()
     ):
-        asked.append((job.student, to_keep(job.recipe, job.method, job.student.architecture.vocab).hidden))
+        asked.append((job.student, to_keep(job.recipe, job.method, job.student.architecture.vocab).hidden, "student"))
     if not asked:
         return ()
-    every = [job.texts(name, longest=True) for name in job.method.rollouts]
-    peaks = [peak for model, full in asked for texts in every if texts for peak in _pass(job, model, texts, full)]
+    peaks: list[tuple[Part, ...]] = []
+    for source in job.method.rollouts:
+        if not (texts := job.texts(source, longest=True)):
+            continue
+        rule = job.along(source)
+        for model, full, view in asked:
+            if rule is not None and rule.view == view:
+                peaks.append(_states_that_are_there(job, model, sum(len(t.response_ids) for t in texts)))
+                continue
+            peaks += _pass(job, model, job.read_by(view, model.architecture.name, texts, longest=True), full)
     if any(need.endswith((".full", ".distribution")) for _, need in _needs(job.method)):
         rows = int(job.rows() * job.counts.lengths.response)
         size = signal_bytes(job.student.architecture.vocab, rows, job.blocks)
         peaks.append((Part("divergences inside signals", size),))
-    return (*_whole_student(job), *_kept(job), *_ahead(job)[:1], *max(peaks, key=_total))
+    return (*_whole_student(job), *_kept(job), *_ahead(job)[:1], *max(peaks, key=total))
 
 
 def _ahead(job: Job) -> tuple[Part, ...]:
@@ -152,6 +153,15 @@ def _ahead(job: Job) -> tuple[Part, ...]:
     reading = [_pass(job, model, texts, False)[0][0] for of in readers for model in of for texts in every]
     held = Part("hidden states that are read ahead", states, "train.prompts_per_step")
     return (held, max(reading, key=lambda part: part.bytes))
+
+
+def _states_that_are_there(job: Job, model: Model, rows: int) -> tuple[Part, ...]:
+    """What scoring holds where the model read along: one copy of the states, and a chunk of logits (views.local)."""
+    name = model.architecture.name
+    states = Part(f"{name} hidden states", rows * job.rehearsal(model).hidden_size(), "train.prompts_per_step")
+    return states, Part(
+        "logits of a chunk", chunk_bytes(model.architecture.vocab, rows, None, 1, SCORE_BLOCKS, job.blocks)
+    )
 
 
 def _pass(job: Job, model: Model, texts: Sequence[Rollout], full: bool) -> list[tuple[Part, ...]]:
@@ -168,9 +178,9 @@ def _pass(job: Job, model: Model, texts: Sequence[Rollout], full: bool) -> list[
     joined = full * (1 + (len(cut) > 1)) * sum(p.trained for p in cut) * hidden
     held = Part(f"{name} hidden states of earlier passes", before, "train.prompts_per_step")
     return [
-        (Part(f"{name} forward pass of {_rows(len(largest.texts))}", rehearsal.forward(largest.texts, largest.packed),
+        (Part(f"{name} forward pass of {row_count(len(largest.texts))}", rehearsal.forward(largest.texts, largest.packed),
               "train.score_tokens"), held, copies),
-        (Part(f"{name} hidden states of {_rows(len(largest.texts))}", states, "train.score_tokens"),
+        (Part(f"{name} hidden states of {row_count(len(largest.texts))}", states, "train.score_tokens"),
          Part("logits of a chunk", logits), held, copies),
         (Part(f"{name} hidden states being joined", joined, "train.prompts_per_step"), copies),
     ]  # fmt: skip
@@ -195,6 +205,9 @@ def _kept(job: Job) -> tuple[Part, ...]:
             views += 17 * k + 8  # ids, which of them count, both sides' log-probs, tails
         elif isinstance(view.support, Full):
             views += max(job.rehearsal(job.teachers[model]).hidden_size() for model in view.models)
+    for name in job.method.rollouts:
+        if (follower := job.follower(name)) is not None:  # Rollout.states
+            views += job.rehearsal(follower).hidden_size()
     return (
         Part("records and the student's view", 2 * n * record if sampled else 0, "train.prompts_per_step"),
         Part("the teachers' views", n * views, "train.prompts_per_step"),
@@ -212,7 +225,7 @@ def _update(job: Job) -> tuple[Part, ...]:
     )
     only = made_there(job)
     size = job.rehearsal(student).update(largest.texts, largest.packed, logits, t.gradient_checkpointing, only=only)
-    parts = [Part(f"forward, loss and backward of {_rows(len(largest.texts))}", size, "train.microbatch_tokens")]
+    parts = [Part(f"forward, loss and backward of {row_count(len(largest.texts))}", size, "train.microbatch_tokens")]
     if job.shards > 1:
         parts += _gathered_parts(job, several=len(found) > 1)
     return (*_kept(job), *parts)
@@ -244,7 +257,20 @@ def _autocast_copies(job: Job) -> Part:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Evaluation
+# Hooks and evaluation
+
+
+def _hooks(job: Job) -> tuple[Part, ...]:
+    """The hook that needs most: its copies of weights, which are in main memory, while it samples and at its end."""
+    found: list[tuple[Part, ...]] = [()]
+    for name, work in job.works.items():
+        rows = ceil(work.problems / job.gpus)
+        copies = [Part(f"{name}'s copies of weights", 0 if job.cuda else n) for n in (work.asking, work.ending)]
+        if rows and work.accuracies:
+            sampling = decoding(job, [job.student], rows, 1, job.counts.lengths, record_bytes(1, 0))
+            found.append((copies[0], *sampling, _autocast_copies(job)))
+        found.append((copies[1],))
+    return max(found, key=total)
 
 
 def _evaluate(job: Job) -> tuple[Part, ...]:
@@ -254,11 +280,11 @@ def _evaluate(job: Job) -> tuple[Part, ...]:
     if job.recipe.task.verifier != "none":
         lengths = job.counts.lengths.up_to(e.max_new_tokens or job.recipe.sampling.max_new_tokens)
         rows = ceil(job.counts.held_out / job.gpus) * e.samples
-        models = [job.student, *(t for t in job.teachers.values() if e.teacher and not t.shared)]
-        found += [_decoding(job, [model], rows, e.samples, lengths, record_bytes(1, 0)) for model in models]
+        models = [job.student, *(t for t in job.evaluated.values() if not t.shared)]
+        found += [decoding(job, [model], rows, e.samples, lengths, record_bytes(1, 0)) for model in models]
     if e.kl_prompts and job.teachers:
         found += _exact_kl(job, ceil(min(e.kl_prompts, job.counts.held_out) / job.gpus))
-    most = max(found, key=_total)
+    most = max(found, key=total)
     return (*_whole_student(job), *most) if most else ()
 
 
@@ -267,20 +293,13 @@ def _exact_kl(job: Job, rows: int) -> list[tuple[Part, ...]]:
     lengths = job.counts.lengths
     record = record_bytes(1, job.rehearsal(job.student).hidden_size())
     kept = Part("records and the student's view", int(2 * rows * lengths.response * record), "eval.kl_prompts")
-    found = [_decoding(job, [job.student], rows, 1, lengths, record)]
+    found = [decoding(job, [job.student], rows, 1, lengths, record)]
     texts = lengths.texts(rows, 1, longest=True)
-    for teacher in job.teachers.values():
+    for name, teacher in job.compared.items():
         size = int(rows * lengths.response * job.rehearsal(teacher).hidden_size())
         hidden = Part(f"{teacher.architecture.name} hidden states", size, "eval.kl_prompts")
-        found += [(kept, *parts) for parts in _pass(job, teacher, texts, full=True)]
+        read = job.read_by(OWN, name, texts, longest=True)
+        found += [(kept, *parts) for parts in _pass(job, teacher, read, full=True)]
         size = signal_bytes(teacher.architecture.vocab, int(rows * lengths.response), job.blocks)
         found.append((kept, hidden, Part("divergences in blocks", size)))
     return found
-
-
-def _total(parts: Sequence[Part]) -> int:
-    return sum(part.bytes for part in parts)
-
-
-def _rows(count: int) -> str:
-    return f"{count} row{'s' * (count > 1)}"

@@ -3,27 +3,29 @@ anything is loaded.
 
 Weights are drawn so that the distributions over the vocabulary are peaked as a trained model's are, and no response
 ends by itself. A model that is large is built with fewer of its layers. Left out: quantised weights (their dtype's stand
-in), templates of a teacher's own, prepare steps, and what verifying and tracking take.
+in), prepare steps, and what verifying and tracking take.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
 from opdkit.config import LoraConfig
-from opdkit.lora import BASE, attach
-from opdkit.method import Method
+from opdkit.lora import BASE, EMA, attach
+from opdkit.method import Method, View
 from opdkit.models import LanguageModel, checkpoint_activations
 from opdkit.packing import enable
 from opdkit.plan.architectures import Architecture, build, linear_layers, shallow
 from opdkit.plan.counts import samples
 from opdkit.plan.memory import Job, Model
+from opdkit.plan.reading import OWN, Readings
 from opdkit.plan.texts import PROBLEM
 from opdkit.reading import agrees
 from opdkit.rollouts.rollout import Capture, Rollout
-from opdkit.tasks.problem import Task
+from opdkit.self_teacher import averaged
+from opdkit.tasks.problem import Problem, Task
 from opdkit.tasks.prompts import EncodedProblems
 from opdkit.train.optimise import Optimiser
 from opdkit.train.processes import Processes
@@ -52,8 +54,16 @@ class Pilot:
             reward = float(i % 2) if job.method.needs_reward else None
             own = self.seen(text, hidden=self.setup.keep.hidden) if samples(job.method, source) else self._worded(text)
             correct = None if reward is None else bool(reward)
-            found.append(replace(own, source=source, reward=reward, correct=correct))
+            states = self._states(text, source, job)
+            found.append(replace(own, source=source, reward=reward, correct=correct, states=states))
         return found
+
+    def _states(self, text: Rollout, source: str, job: Job) -> dict[str, Any]:
+        """What a teacher that reads along would have kept of a text."""
+        rule, follower = job.along(source), job.follower(source)
+        if rule is None or follower is None:
+            return {}
+        return {rule.view: self._hidden(len(text.response_ids), self.setup.teachers[follower.architecture.name])}
 
     def seen(self, text: Rollout, *, hidden: bool = True) -> Rollout:
         """A text with the record that the sampler would have kept of it."""
@@ -61,7 +71,8 @@ class Pilot:
         logp = torch.full((n,), -1.0, device=device)
         ids, top = torch.arange(k, device=device).repeat(n, 1), torch.full((n, k), -3.0, device=device)
         return replace(
-            self._worded(text), capture=Capture(logp, logp, -logp, ids, top, self._hidden(n) if hidden else None)
+            self._worded(text),
+            capture=Capture(logp, logp, -logp, ids, top, self._hidden(n, self.setup.student) if hidden else None),
         )
 
     def _worded(self, text: Rollout) -> Rollout:
@@ -69,11 +80,10 @@ class Pilot:
         ids = self.setup.student.vocab - 1
         return replace(text, response_ids=tuple(1 + 7 * j % ids for j in range(len(text.response_ids))))
 
-    def _hidden(self, n: int) -> Any:
+    def _hidden(self, n: int, lm: LanguageModel) -> Any:
         """Hidden states as the sampler keeps them: [n, H]."""
-        student = self.setup.student
         with torch.no_grad(), self.setup.autocast():
-            one = student.hidden(torch.zeros(1, 1, dtype=torch.long, device=student.device))
+            one = lm.hidden(torch.zeros(1, 1, dtype=torch.long, device=lm.device))
         return one[0].expand(n, -1).contiguous()
 
 
@@ -81,6 +91,7 @@ def pilot(job: Job, free: int) -> Pilot | None:
     """The pilot of a job on this machine's processors, or None where even few layers do not fit into `free` bytes."""
     own = {"student": job.student} | {name: t for name, t in job.teachers.items() if not t.shared}
     depths = {name: _depth(model, free) for name, model in own.items()}
+    depths |= {name: depths["student"] for name in job.paths(EMA) if name in own}  # averages of the student's weights
     if not all(depths.values()):
         return None
     loras = {"student": job.recipe.lora}
@@ -102,7 +113,11 @@ def pilot(job: Job, free: int) -> Pilot | None:
             if config.path == BASE:
                 assert student.adapters is not None
                 teachers[name].adapters = replace(student.adapters, on=False)
+            if config.path == EMA:
+                teachers[name].adapters = averaged(student)
             teachers[name]._vocab = student.vocab  # else read from a tokenizer that may not be here
+        if config.path == EMA:
+            teachers[name].path = EMA  # the setup keeps its average
     depths |= {name: depths["student"] for name in teachers if name not in depths}
     parts = {name: depth / job.models[name].architecture.layers for name, depth in depths.items()}
     setup = _setup(job, student, teachers)
@@ -115,7 +130,29 @@ def _setup(job: Job, student: LanguageModel, teachers: dict[str, LanguageModel])
     recipe = job.recipe.model_copy(update={"teachers": read})
     none = EncodedProblems((), student.tokenizer, recipe.task, student.context_length, 1)
     task = Task("pilot", (PROBLEM,), (PROBLEM,))
-    return Setup(recipe, _unrouted(job.method), student, teachers, task, none, none, Processes(0, 1, student.device))
+    method, alone = _unrouted(job.method), Processes(0, 1, student.device)
+    return Rereading(recipe, method, student, teachers, task, none, none, alone, readings=job.readings)
+
+
+@dataclass
+class Rereading(Setup):
+    """A setup whose made-up texts are read by teachers behind prompts of other lengths, where the job says so."""
+
+    readings: Readings = field(default_factory=dict)
+
+    def told(self, view: View, rollouts: list[Rollout]) -> list[Problem | None] | None:
+        """A problem that names the view, in place of what its context would show."""
+        if view.context == "own":
+            return None
+        name = next(name for name, own in self.method.views.items() if own is view)
+        return [replace(PROBLEM, id=name)] * len(rollouts)
+
+    def as_read_by(
+        self, lm: LanguageModel, rollouts: list[Rollout], told: list[Problem | None] | None = None
+    ) -> list[Rollout]:
+        first = told[0] if told else None
+        reading = self.readings.get((OWN if first is None else first.id, lm.name))
+        return rollouts if reading is None else reading.reread(rollouts)
 
 
 def _unrouted(method: Method) -> Method:

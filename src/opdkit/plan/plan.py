@@ -18,6 +18,7 @@ from opdkit.plan.hardware import Gpu, Host, find_gpu, this_machine
 from opdkit.plan.memory import Job, Model, Phase
 from opdkit.plan.phases import phases
 from opdkit.plan.pilot import pilot, reads_packs
+from opdkit.plan.reading import find_readings
 from opdkit.plan.stopwatch import Stopwatch
 from opdkit.plan.timing import Timing, timings
 from opdkit.tasks.contexts import check_context, describe_difference
@@ -103,11 +104,12 @@ def plan(
     if isinstance(place, Host) and recipe.train.packing:
         student = _packed(student, place)
         teachers = {name: _packed(teacher, place) for name, teacher in teachers.items()}
-    job = Job(recipe, method, counts, student, teachers, gpus, isinstance(place, Gpu))
+    readings, read = find_readings(recipe, method, seen, counts)
+    job = Job(recipe, method, counts, student, teachers, gpus, isinstance(place, Gpu), readings)
     resolved = time.perf_counter() - began
     found = phases(job)
     times, missing = _times(job, place, resolved) if timed else ((), [])
-    notes = (*_notes(job, context), *_prompts(recipe, counts, seen), *missing)
+    notes = (*read, *_notes(job, context), *_prompts(recipe, counts, seen), *missing)
     return Plan(job, place, found, times, notes, response)
 
 
@@ -166,6 +168,10 @@ def _teacher(settings: ModelConfig, name: str, student: Model, recipe: Recipe) -
     if settings.path == LIVE or (settings.path == EMA and recipe.lora is not None):
         now = replace(base, settings=own.settings.model_copy(update={"path": settings.path}))
         return Model(now, student.meta, student.parameters, 0, 0, 0, shared=True)
+    given = {key: getattr(settings, key) for key in ("dtype", "attn", "quantize")}
+    other = {key: value for key, value in given.items() if value != ModelConfig.model_fields[key].default}
+    if recipe.lora is None and other:  # a second copy of its own kind (self_teacher.base_of)
+        return _model(own.settings.model_copy(update=other), name, None)
     if recipe.lora is None:
         return Model(base, student.meta, student.parameters, student.bytes, 0, 0)
     return Model(base, student.meta, student.parameters - student.trained, 0, 0, 0, shared=True)
@@ -200,10 +206,26 @@ def _prompts(recipe: Recipe, counts: Counts, models: dict[str, LanguageModel]) -
     return describe_difference(models["student"], readers, config, problem, recipe.task, ends).splitlines()
 
 
+def _assumptions(job: Job) -> list[str]:
+    """What nobody knows before the run, and what is assumed of it."""
+    tools, notes = job.recipe.tools, []
+    if tools is not None:
+        notes.append(f"every response is planned with {tools.turns} turns, each of which reads all before it again, and as if "
+                     "the student wrote all its tokens; the time that calls take is not counted")  # fmt: skip
+    if any(job.along(name) for name in job.method.rollouts):
+        notes.append("a teacher reads along while the student samples; no response is planned to be stopped")
+    for hook in job.method.after_update:
+        if (work := job.works.get(hook.name)) is None:
+            notes.append(f"what hook '{hook.name}' does is not counted")
+        elif work.accuracies:
+            notes.append(f"hook '{hook.name}' acts {work.times} times, each with at most {work.accuracies} x {work.problems} "
+                         "responses to training problems")  # fmt: skip
+    return notes
+
+
 def _notes(job: Job, context: int) -> list[str]:
     r, text, data = job.recipe, job.student.architecture.text, job.counts.data
-    notes = [f"view '{name}' is planned with the student's prompts: what its context adds is not counted"
-             for name, view in job.method.views.items() if view.context != "own"]  # fmt: skip
+    notes = _assumptions(job)
     new = r.sampling.max_new_tokens
     if r.task.max_prompt_tokens + new > context and not data.encoded:
         notes.append(f"prompts over {context - new} tokens will be refused: with max_new_tokens = {new} they do not fit the "

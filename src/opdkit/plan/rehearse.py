@@ -65,8 +65,8 @@ class Rehearsal:
 
         return self._peak(("forward", packed, *_sizes(texts)), measure, grows=False)
 
-    def decode(self, rows: int, tokens: int) -> int:
-        """Peak bytes of one decoding step beside the cache: B rows that have read T tokens, prompts of unlike length."""
+    def decode(self, rows: int, tokens: int, new: int = 1) -> int:
+        """Peak bytes of reading `new` tokens beside the cache: B rows that have read T tokens, prompts of unlike length."""
 
         def measure(layers: int) -> list[int]:
             from opdkit.rollouts.cache import CACHE
@@ -74,13 +74,14 @@ class Rehearsal:
             attention = planning_attention(self.architecture.settings.attn)
             with self._model(layers, attention, train=False) as lm, torch.no_grad():
                 with self._autocast():
-                    cache, mask = _read_prompts(lm, rows, tokens)
+                    cache, mask = _read_prompts(lm, rows, tokens, new)
                 with self._meter(lm, (t for layer in cache.layers for t in (layer.keys, layer.values))) as meter:
-                    ids, position = torch.zeros(rows, 1, dtype=torch.long), torch.full((rows, 1), tokens)
+                    ids = torch.zeros(rows, new, dtype=torch.long)
+                    position = (tokens + torch.arange(new)).repeat(rows, 1)
                     lm.run(input_ids=ids, attention_mask=mask, position_ids=position, use_cache=True, **{CACHE: cache})
             return meter.peaks
 
-        return self._peak(("decode", rows, tokens), measure, grows=False)
+        return self._peak(("decode", rows, tokens, new), measure, grows=False)
 
     def cache(self) -> tuple[int, int]:
         """Bytes of one number in the keys and in the values of the cache."""
@@ -233,12 +234,12 @@ def _to_fake(model: Any) -> None:
                 module._buffers[name] = torch.empty(b.shape, dtype=b.dtype)
 
 
-def _read_prompts(lm: LanguageModel, rows: int, tokens: int) -> tuple[Any, Any]:
-    """The cache of `rows` rows that have read `tokens` tokens, and the mask of the next step."""
+def _read_prompts(lm: LanguageModel, rows: int, tokens: int, new: int = 1) -> tuple[Any, Any]:
+    """The cache of `rows` rows that have read `tokens` tokens, and the mask of the next `new` ones."""
     from opdkit.rollouts.cache import CACHE, make_cache
 
     cache = make_cache(lm.model.config)
-    mask = torch.ones(rows, tokens + 1, dtype=torch.long)
+    mask = torch.ones(rows, tokens + new, dtype=torch.long)
     ids, positions = torch.zeros(rows, tokens, dtype=torch.long), torch.arange(tokens)[None]
     lm.run(input_ids=ids, attention_mask=mask[:, :tokens], position_ids=positions, use_cache=True, **{CACHE: cache})
     cache.reorder_cache(torch.arange(rows))

@@ -10,6 +10,7 @@ from opdkit.plan.hints import hints
 from opdkit.plan.memory import Model, Part
 from opdkit.plan.plan import Plan, plan
 
+SHARED = {LIVE: "the student itself", EMA: "the student itself, with an average of its adapters"}
 SMALL = 2**30 // 20  # bytes: parts below are not shown, but the largest of each phase is
 
 
@@ -53,7 +54,7 @@ def _model_line(name: str, model: Model) -> str:
     quantized = "" if a.settings.quantize == "none" else f", {a.settings.quantize}"
     where = f"{a.settings.path} ({a.source})"
     if model.shared:
-        where = "the student itself" if a.settings.path in (LIVE, EMA) else "the student without its adapters"
+        where = SHARED.get(a.settings.path, "the student without its adapters")
     return (
         f"{name}: {where}, {model.parameters:,} parameters{adapters}, {a.settings.dtype}{quantized}, "
         f"{a.vocab:,} token ids, context {a.context:,}"

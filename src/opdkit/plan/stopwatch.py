@@ -15,7 +15,8 @@ from typing import Any
 from opdkit.plan.memory import Job, Model
 from opdkit.plan.passes import Products, exact_kl_flops, scoring_flops, updating_flops
 from opdkit.plan.pilot import END, Pilot
-from opdkit.plan.timing import Decoding
+from opdkit.plan.timing import Along, Decoding
+from opdkit.rollouts.early import Watch
 from opdkit.rollouts.flatten import flatten
 from opdkit.rollouts.sampler import Keep, Mixture, Sampling, sample
 from opdkit.train import loop
@@ -101,6 +102,8 @@ class Stopwatch:
         }
 
     def exact_kl(self, prompts: int) -> float:
+        if not self.job.compared:
+            return 0.0
         small = shorter(self.job, self.pilot.depths)
         points = [self._compared(small, count) for count in sorted({1, min(prompts, COMPARED)})]
         return through(points, exact_kl_flops(self.job, self.job.counts.lengths.texts(prompts, 1)))
@@ -112,8 +115,8 @@ class Stopwatch:
         step = flatten(rollouts, device=setup.student.device, head=setup.student.head())
 
         def compare() -> None:
-            for teacher in setup.teachers.values():
-                reverse_kl(setup, teacher, rollouts, step)
+            for name in self.job.compared:
+                reverse_kl(setup, setup.teachers[name], rollouts, step)
 
         compare()  # what is made once
         return exact_kl_flops(job, texts, self.pilot.depths), timed(compare)[0]
@@ -121,24 +124,29 @@ class Stopwatch:
     # -----------------------------------------------------------------------------------------------------------------
     # Sampling
 
-    def decoding(self, models: Sequence[Model], group: int, rows: int, *, training: bool) -> Decoding:
-        key = (*(m.architecture.name for m in models), group, rows, training)
+    def decoding(
+        self, models: Sequence[Model], group: int, rows: int, *, training: bool, along: Along | None = None
+    ) -> Decoding:
+        key = (*(m.architecture.name for m in models), group, rows, training, along and along[0].architecture.name)
         if key not in self._known:
-            self._known[key] = self._decoding(models, group, rows, training)
+            self._known[key] = self._decoding(models, group, rows, training, along)
         found: Decoding = self._known[key]
         return found
 
-    def _decoding(self, models: Sequence[Model], group: int, rows: int, training: bool) -> Decoding:
+    def _decoding(
+        self, models: Sequence[Model], group: int, rows: int, training: bool, along: Along | None
+    ) -> Decoding:
         """Three batches: as many rows as the recipe has, few rows, and few rows with long prompts."""
         lengths, student = self.job.counts.lengths, self.pilot.setup.student
         few, room = min(FEW, rows), student.context_length - STEPS - 1
         room = min(room, *(t.context_length - STEPS - 1 for t in self.pilot.setup.teachers.values()), 2**31)
-        each = sum(Products.of(m).token * self.pilot.depths[m.architecture.name] for m in models)
+        every = [*models, *([] if along is None else [along[0]])]
+        each = sum(Products.of(m).token * self.pilot.depths[m.architecture.name] for m in every)
         short = max(1, min(round(lengths.prompt), room, int(CAP / each / ceil(rows / group))))
         long = max(short, min(round(lengths.prompt) + lengths.limit, room, int(CAP / each / few)))
 
         def at(count: int, group: int, prompt: int) -> tuple[float, float]:
-            return self._sampled(models, count, group, prompt, training)
+            return self._sampled(models, count, group, prompt, training, along)
 
         (many_read, many), (few_read, little), (long_read, far) = (
             at(rows, group, short), at(few, 1, short), at(few, 1, long),
@@ -149,15 +157,15 @@ class Stopwatch:
         read = max(0.0, read)
         call = max(0.0, many_read - read * ceil(rows / group) * short)
         scale = 1.0
-        if any(self.pilot.depths[m.architecture.name] < 1 for m in models):
-            scale = sum(p.token + p.logits for p in map(Products.of, models)) / sum(
-                p.token + p.logits for p in (Products.of(m).at(self.pilot.depths[m.architecture.name]) for m in models)
+        if any(self.pilot.depths[m.architecture.name] < 1 for m in every):
+            scale = sum(p.token + p.logits for p in map(Products.of, every)) / sum(
+                p.token + p.logits for p in (Products.of(m).at(self.pilot.depths[m.architecture.name]) for m in every)
             )
         own = many - row * rows
         return Decoding(call, read * scale, own * scale, row * scale, pair * scale, short + STEPS / 2)
 
     def _sampled(
-        self, models: Sequence[Model], rows: int, group: int, prompt: int, training: bool
+        self, models: Sequence[Model], rows: int, group: int, prompt: int, training: bool, along: Along | None
     ) -> tuple[float, float]:
         """Seconds of a call that draws one token a row, and of each decoding step after it."""
         r, setup = self.job.recipe, self.pilot.setup
@@ -167,11 +175,15 @@ class Stopwatch:
         keep = setup.keep if training else Keep()
         prompts = [(1 + i % 2, *[1] * (prompt - 1)) for i in range(ceil(rows / group))]
         top_k = r.sampling.top_k if training else 0
+        watch = None
+        if along is not None:  # a rule that no response meets
+            rule = replace(along[1], events=2**31)
+            watch = Watch(setup.teachers[along[0].architecture.name], prompts, rule, setup.method.top_list)
 
         def draw(new: int) -> float:
             how = Sampling(group, new, s.temperature, s.top_p, top_k, tuple(r.sampling.stop), (END,), rows)
             with setup.autocast():
-                return timed(lambda: sample(lms[0], prompts, how, 0, keep, mixture=mixture))[0]
+                return timed(lambda: sample(lms[0], prompts, how, 0, keep, mixture=mixture, watch=watch))[0]
 
         draw(2)  # what is made once
         one, more = draw(1), draw(1 + STEPS)
@@ -222,5 +234,6 @@ def shorter(job: Job, depths: dict[str, float]) -> Job:
         if updating_flops(part, depths) + scoring_flops(part, depths) <= CAP:
             break
         factor /= 2
-        found = replace(job, counts=replace(job.counts, lengths=job.counts.lengths.shrunk(factor)))
+        readings = {key: reading.shrunk(factor) for key, reading in job.readings.items()}
+        found = replace(job, counts=replace(job.counts, lengths=job.counts.lengths.shrunk(factor)), readings=readings)
     return found

@@ -56,6 +56,18 @@ class Lengths:
         response = min(float(limit), max(1.0, self.response * factor))
         return Lengths(prompts, limit, chance(response, limit))
 
+    def cut(self, pieces: int, *, longest: bool = False) -> list["Lengths"]:
+        """Responses that are drawn in so many equal pieces: each one's prompt is all that stands before it; `longest`:
+        behind the longest responses."""
+        pieces = max(1, min(pieces, int(self.response)))
+        before, each = self.limit if longest else self.response, self.response / pieces
+        found = []
+        for k in range(pieces):
+            most = max(1, round((k + 1) * self.limit / pieces) - round(k * self.limit / pieces))
+            read = tuple(p + round(k * before / pieces) for p in self.prompts)
+            found.append(Lengths(read, most, chance(max(1.0, min(each, most)), most)))
+        return found
+
     def texts(self, groups: int, group: int, *, longest: bool = False) -> list[Rollout]:
         """`group` responses to each of some prompts, whose lengths are spread as these are; `longest`: all prompts at the
         longest."""

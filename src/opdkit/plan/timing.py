@@ -14,6 +14,7 @@ from typing import Protocol, runtime_checkable
 from opdkit.plan.memory import Job, Model
 from opdkit.plan.passes import samplers, sampling_flops, scoring_flops, updating_flops
 from opdkit.plan.texts import Lengths
+from opdkit.sources import EarlyStop
 
 
 @dataclass(frozen=True)
@@ -44,12 +45,17 @@ class Decoding:
         return sum(self.wave(ceil(w / group), w, lengths) for w in waves)
 
 
+Along = tuple[Model, EarlyStop]  # a teacher that reads along, and its rule
+
+
 @runtime_checkable
 class Costs(Protocol):
     """What the pieces of a job cost, in seconds."""
 
     def load(self) -> float | None: ...
-    def decoding(self, models: Sequence[Model], group: int, rows: int, *, training: bool) -> Decoding: ...
+    def decoding(
+        self, models: Sequence[Model], group: int, rows: int, *, training: bool, along: Along | None = None
+    ) -> Decoding: ...
     def score(self) -> float: ...
     def update(self) -> float: ...
     def exact_kl(self, prompts: int) -> float: ...
@@ -71,16 +77,20 @@ class Timing:
 
 
 def timings(job: Job, costs: Costs) -> tuple[Timing, ...]:
-    """The phases of a run with their times. "evaluate" is the student's, "evaluate NAME" a teacher's."""
+    """The phases of a run with their times. "evaluate" is the student's, "evaluate NAME" a teacher's; "hook NAME" a hook's
+    accuracies on training problems."""
     steps, every = job.recipe.train.steps, job.recipe.eval.every
     found = [Timing("evaluate", _evaluating(job, costs, job.student), evaluations(steps, every))]
-    if job.recipe.eval.teacher and job.recipe.task.verifier != "none":
-        for name, teacher in job.teachers.items():
+    if job.recipe.task.verifier != "none":
+        for name, teacher in job.evaluated.items():
             found.append(Timing(f"evaluate {name}", _evaluating(job, costs, teacher), 1))
     found.append(Timing("sample", _sampling(job, costs), steps, sampling_flops(job)))
     found.append(Timing("score", costs.score(), steps, scoring_flops(job)))
     found.append(Timing("update", costs.update(), steps, updating_flops(job)))
     found.append(Timing("other", costs.other(), steps))
+    for name, work in job.works.items():
+        rows = ceil(work.problems / job.gpus)
+        found.append(Timing(f"hook {name}", work.accuracies * _drawing(job, costs, [job.student], rows, 1), work.times))
     loading = costs.load()
     first = () if loading is None else (Timing("load", loading, 1),)
     return (*first, *(t for t in found if t.seconds > 0))
@@ -92,23 +102,34 @@ def evaluations(steps: int, every: int | None) -> int:
 
 
 def _sampling(job: Job, costs: Costs) -> float:
-    most, total = job.recipe.sampling.max_rows, 0.0
+    total = 0.0
     for name, models in samplers(job).items():
-        rows, group = job.rows(name), job.group(name)
-        cost = costs.decoding(models, group, min(rows, most), training=True)
-        total += cost.seconds(rows, group, most, job.counts.lengths)
+        rule, follower = job.along(name), job.follower(name)
+        along = None if rule is None or follower is None else (follower, rule)
+        total += _drawing(job, costs, models, job.rows(name), job.group(name), along=along)
     return total
 
 
+def _drawing(
+    job: Job, costs: Costs, models: Sequence[Model], rows: int, group: int, lengths: Lengths | None = None,
+    along: Along | None = None, training: bool = True,
+) -> float:  # fmt: skip
+    """Seconds of sampling some rows: in as many pieces as a response has turns, each of which reads what stands before it."""
+    most = job.recipe.sampling.max_rows
+    if not rows:
+        return 0.0
+    cost = costs.decoding(models, group, min(rows, most), training=training, along=along)
+    first, *later = (lengths or job.counts.lengths).cut(job.turns)
+    return cost.seconds(rows, group, most, first) + sum(cost.seconds(rows, 1, most, piece) for piece in later)
+
+
 def _evaluating(job: Job, costs: Costs, model: Model) -> float:
-    e, most, total = job.recipe.eval, job.recipe.sampling.max_rows, 0.0
+    e, total = job.recipe.eval, 0.0
     if job.recipe.task.verifier != "none":
         rows = ceil(job.counts.held_out / job.gpus) * e.samples
         lengths = job.counts.lengths.up_to(e.max_new_tokens or job.recipe.sampling.max_new_tokens)
-        cost = costs.decoding([model], e.samples, min(rows, most), training=False)
-        total += cost.seconds(rows, e.samples, most, lengths)
+        total += _drawing(job, costs, [model], rows, e.samples, lengths, training=False)
     if model is job.student and e.kl_prompts and job.teachers:
         rows = ceil(min(e.kl_prompts, job.counts.held_out) / job.gpus)
-        cost = costs.decoding([model], 1, min(rows, most), training=True)
-        total += cost.seconds(rows, 1, most, job.counts.lengths) + costs.exact_kl(rows)
+        total += _drawing(job, costs, [model], rows, 1) + costs.exact_kl(rows)
     return total
