@@ -5,9 +5,10 @@ import math
 import pytest
 import torch
 from synthetic import expected_gradient, logit_gradient, logits, make_step
-from test_loop import metrics, run, same, weights
+from test_loop import changed, metrics, run, same, weights
 
 from opdkit.catalogue import build_method
+from opdkit.config import parse_recipe
 from opdkit.controllers import Controller
 from opdkit.divergences import divergence
 from opdkit.errors import MethodError, RecipeError
@@ -18,6 +19,7 @@ from opdkit.pieces import minus, plus, scale
 from opdkit.pmi import gated, phi
 from opdkit.signals import log_ratio, outcome
 from opdkit.step import Layout, Scores, Step
+from opdkit.train.setup import notes, set_up
 
 V = 13
 P, Q = logits(V, seed=1), logits(V, seed=2)
@@ -246,6 +248,14 @@ def test_a_run_logs_the_gate_and_the_information(antisd_data):
     level = (rows[0]["gate/entropy"] + rows[1]["gate/entropy"]) / 2
     assert rows[2]["gate/level"] == pytest.approx(level, abs=1e-12)
     assert rows[2]["gate/open"] == float(rows[2]["gate/entropy"] >= 0.999 * level)
+
+
+def test_another_temperature_than_the_students_is_said(antisd_data):
+    """The student at sampling.temperature .7 and its teacher at 1 differ where nothing is shown too."""
+    for teacher, said in ((1.0, True), (0.7, False)):
+        data = changed(antisd_data, sampling__temperature=0.7, teachers__teacher__temperature=teacher)
+        found = "\n".join(notes(set_up(parse_recipe(data))))
+        assert ("to compare them set teachers.teacher.temperature=0.7" in found) is said
 
 
 def test_the_warm_up_is_grpo_bit_for_bit(antisd_data, tmp_path):

@@ -88,6 +88,7 @@ def test_a_base_that_is_surer_has_no_lambda_star_but_a_flip():
 
 
 def test_lambda_dagger():
+    assert lambda_star(0.95, 0.7, 5.0) == pytest.approx(1.787, abs=5e-4)
     assert lambda_dagger(0.9993, 0.81, 5.0) == pytest.approx(1.285, abs=5e-4)
     assert lambda_dagger(0.95, 0.7, 5.0) == pytest.approx(1.874, abs=5e-4)
     for p, b, c in triples(500):
@@ -199,9 +200,10 @@ def test_arguments_that_contradict_are_refused(tmp_path):
     ]:
         with pytest.raises(RecipeError, match=f"method listopd: {message}"):
             build_method("listopd", arguments)
-    file.write_text("[]")
-    with pytest.raises(RecipeError, match="holds no recommendation"):
-        build_method("listopd", {"cliff": str(file)})
+    for text in ("[]", '{"recommended": NaN}', '{"recommended": "x"}'):
+        file.write_text(text)
+        with pytest.raises(RecipeError, match="holds no recommendation"):
+            build_method("listopd", {"cliff": str(file)})
 
 
 # The summary of a measurement

@@ -90,6 +90,13 @@ def test_measuring(recipe_data, tmp_path, monkeypatch):
     assert measured(recipe_data, tmp_path, "some.jsonl", samples=8, prompts=7) == rows[:7]
     with pytest.raises(RecipeError, match="exists"):
         measured(recipe_data, tmp_path)
+    with pytest.raises(RecipeError, match="lies in a folder that does not exist"):
+        measured(recipe_data, tmp_path, "nowhere/d.jsonl")
+    rows = [{"id": f"{i % 20}", "prompt": "p", "answer": "1"} for i in range(40)]
+    (tmp_path / "twice.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    with monkeypatch.context() as patch, pytest.raises(DataError, match="problem ids occur more than once"):
+        patch.setattr("opdkit.difficulty_command.on_policy", lambda *a, **k: pytest.fail("sampled before the check"))
+        measured(changed(recipe_data, task__path=str(tmp_path / "twice.jsonl")), tmp_path, "y.jsonl", samples=2)
     with pytest.raises(RecipeError, match="no verifier"):
         difficulty(parse_recipe(changed(recipe_data, task__verifier="none")), str(tmp_path / "x.jsonl"))
     with pytest.raises(RecipeError, match="2 or more"):

@@ -1,11 +1,17 @@
 """The generated documentation: its facts are looked up and run, and a fact that is not true stops it."""
 
 import re
+import shlex
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
+
+from opdkit.catalogue import build_method, method_names
+from opdkit.config import load_recipe, recipe_path
+from opdkit.errors import RecipeError
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -97,3 +103,46 @@ def test_links_between_the_documents_lead_somewhere():
     for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
         for target in re.findall(r"\]\((?!https?:)([^)#]+)", path.read_text()):
             assert (path.parent / target).exists(), f"{path.name}: {target}"
+
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+COMMAND = re.compile(r"\bopd (train|plan|cliff|difficulty|eval|translate|explain|methods)\b([^`|#>\n]*)")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.stem)
+def test_commands_on_shipped_recipes_are_accepted(page):
+    """Recipe, settings and method of every command that a page shows; `my.yaml` and the like are the reader's own."""
+    for command, rest in COMMAND.findall(page.read_text()):
+        try:
+            words = shlex.split(rest)
+        except ValueError:  # an apostrophe of prose
+            continue
+        assert command != "methods" or not words[:1] or words[0].upper() != words[0], (
+            f"opd methods {words} takes nothing"
+        )
+        if command == "explain" and words and words[0].islower():
+            assert words[0] in method_names()
+        if command in ("explain", "methods") or not words or not re.fullmatch(r"\w+/[\w-]+", words[0]):
+            continue
+        recipe_path(words[0])
+        recipe = load_recipe(words[0], [word for word in words[1:] if "=" in word and not word.startswith("-")])
+        if "cliff" not in recipe.method.arguments:  # a file that the command before it writes
+            build_method(recipe.method.name, recipe.method.arguments)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.stem)
+def test_blocks_of_code_are_code(page):
+    for language, block in re.findall(r"```(python|yaml)\n(.*?)```", page.read_text(), re.DOTALL):
+        if language == "python":
+            compile(block, page.name, "exec")
+        else:
+            assert yaml.safe_load(block) is not None
+
+
+def test_a_command_that_is_not_accepted_is_found():
+    with pytest.raises(RecipeError, match=r"unknown key 'train\.stepz'"):
+        load_recipe("cpu/sod", ["train.stepz=3"])
+    assert COMMAND.findall("`opd train cpu/x a=1` and opd explain y | z") == [
+        ("train", " cpu/x a=1"),
+        ("explain", " y "),
+    ]

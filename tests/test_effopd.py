@@ -244,6 +244,25 @@ def test_only_attention_and_mlp_weights_are_moved(recipe_data, tmp_path):
     assert torch.equal(jumped[name], expected)
 
 
+def test_a_jump_does_not_move_the_reference_of_an_extrapolated_reward(recipe_data, monkeypatch):
+    """In the released code the displacement's start and G-OPD's reference are one module; here they are two."""
+    from opdkit.train import loop
+
+    seen, real = [], loop.make_step
+
+    def noted(setup, *rest):
+        seen.append({name: p.detach().clone() for name, p in setup.teachers["reference"].model.named_parameters()})
+        return real(setup, *rest)
+
+    monkeypatch.setattr(loop, "make_step", noted)
+    method = {"name": "compose", "base": {"name": "gopd"}, "after_update": ["EffOPD(accept='always', tries=1)"]}
+    path = run(recipe_data, method=method, teachers__reference={"path": "student:base"}, train__steps=3)
+    assert [row.get("jump/accepted") for row in metrics(path)] == [1, 1, None] and len(seen) == 3
+    assert all(same(seen[0], later) for later in seen[1:])
+    start = dict(set_up(parse_recipe(recipe_data)).student.model.named_parameters())
+    assert all(torch.equal(start[name], p) for name, p in seen[2].items())
+
+
 def test_adapters_are_the_parameters_under_lora(recipe_data):
     method = {"name": "effopd", "accept": "always", "tries": 1}
     path = run(recipe_data, method=method, lora={"rank": 2, "alpha": 4.0}, train__steps=2)

@@ -3,7 +3,7 @@
 import json
 import re
 from dataclasses import replace
-from math import inf
+from math import inf, log
 from pathlib import Path
 
 import pytest
@@ -15,6 +15,7 @@ from test_loop import metrics, run, same, weights
 from opdkit import expressions
 from opdkit.catalogue import build_method
 from opdkit.config import load_recipe, recipe_path
+from opdkit.drift import low_overlap, reliable
 from opdkit.errors import MethodError, RecipeError
 from opdkit.expressions import fits, part_names, read
 from opdkit.extrapolate import EffOPD
@@ -309,6 +310,60 @@ def test_the_recipes_build(name):
     method = build_method(recipe.method.name, recipe.method.arguments)
     assert set(method.models) == set(recipe.teachers) and recipe_path(f"cpu/{name}").read_text().startswith("# ")
     assert method == Method.from_dict(json.loads(json.dumps(method.to_dict())))
+
+
+def of_recipe(name: str) -> Method:
+    recipe = load_recipe(f"cpu/{name}")
+    return build_method(recipe.method.name, recipe.method.arguments)
+
+
+def two_sequences(method: Method, **fields):
+    """Two responses of six tokens to one prompt, and per token: log q - log p, and whether 4 x `below` ids are common."""
+    p, q = logits(12, 20, seed=5), logits(12, 20, seed=5) + logits(12, 20, seed=6)
+    tokens, seq = torch.arange(12), torch.arange(12) // 6
+    layout = Layout(seq, seq, torch.zeros(2, dtype=torch.long))
+    step = make_step(method, p, q, tokens, layout=layout, **fields)
+    u = (q.log_softmax(-1) - p.log_softmax(-1))[tokens, tokens]
+    return (
+        step,
+        u,
+        [len(set(a.topk(4).indices.tolist()) & set(b.topk(4).indices.tolist())) for a, b in zip(p, q, strict=True)],
+    )
+
+
+def faded(common: list[int], least: int, drop: float, base: float) -> torch.Tensor:
+    """1 - drop x (events up to and with the token) + base in each half of the tokens."""
+    events = [n < least for n in common]
+    counts = [sum(events[: t + 1]) if t < 6 else sum(events[6 : t + 1]) for t in range(12)]
+    return torch.tensor([max(0.0, 1 - drop * n) + base for n in counts], dtype=torch.float64)
+
+
+def test_prune_opd_fades_the_bonus_of_antisd_and_not_the_outcome():
+    method = of_recipe("prune_antisd")
+    reward = torch.tensor([1.0, 0.0], dtype=torch.float64)
+    step, u, common = two_sequences(method, reward=reward, correct=reward > 0, state={"gate": {"open": True}})
+    outcomes = torch.tensor([0.5] * 6 + [-0.5] * 6, dtype=torch.float64) / (0.5**0.5 + 1e-6)
+    fade = faded(common, 3, 0.2, 0.0)
+    expected = outcomes - 0.5 * (torch.nn.functional.softplus(u) - log(2)) / 2 * fade
+    assert len(set(fade.tolist())) > 3 and (method.terms[0].signal(step) - expected).abs().max() < 1e-12
+    closed = replace(step, state={"gate": {"open": False}})
+    assert torch.equal(method.terms[0].signal(closed), outcome()(closed))
+
+
+def test_uni_opd_s_margins_under_prune_opd_s_weights():
+    """The shift is made of whole rewards; the weight then says how much each token counts."""
+    method = of_recipe("uni_prune")
+    correct = torch.tensor([False, True])
+    step, u, common = two_sequences(method, reward=correct.double(), correct=correct)
+    gap = 0.4 - float(u[6:].mean() - u[:6].mean())
+    assert gap > 0
+    shifted = u + torch.tensor([-gap / 2] * 6 + [gap / 2] * 6, dtype=torch.float64)
+    term = method.terms[0]
+    fade = faded(common, 2, 0.2, 0.2)
+    assert (term.signal(step) - shifted).abs().max() < 1e-12 and (term.weight(step) - fade).abs().max() < 1e-12
+    assert len(set(fade.tolist())) > 1 and method.controllers[0].of == reliable(
+        event=low_overlap(k=4, below=0.5), drop=0.2
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from opdkit.config import parse_recipe
 from opdkit.errors import NonFiniteError, RunError
+from opdkit.metrics import LOGGED
 from opdkit.train.checkpoint import latest_checkpoint
 from opdkit.train.loop import train
 
@@ -72,6 +73,7 @@ def test_every_method_trains_and_logs_everything(recipe_data, method):
     rows = metrics(path)
     assert [row["step"] for row in rows] == [1, 2]
     assert rows[0].keys() >= EVERY_STEP | WITH_TEACHER
+    assert {key.split("/")[0] for row in rows for key in row} <= LOGGED
     evals = metrics(path, "evals.jsonl")
     assert [(e["step"], e["who"]) for e in evals] == [(0, "student"), (0, "teacher"), (2, "student")]
     assert all(e["reverse_kl"] > 0 and e["reverse_kl_se"] > 0 for e in evals if e["who"] == "student")
@@ -306,6 +308,9 @@ def test_a_controller_limits_the_next_rollouts_and_is_resumed(recipe_data, monke
         def check(self, window):
             assert window == recipe_data["sampling"]["max_new_tokens"]
 
+        def shortest(self, window):
+            return 1
+
         def response_limit(self, state):
             return state["limit"]
 
@@ -331,6 +336,9 @@ def test_prepare_steps_see_verified_rollouts_and_may_drop_some(recipe_data, monk
     class FirstOfEachGroup:
         def needs(self):
             return ("rollouts.reward",)
+
+        def check(self, shortest):
+            assert shortest == recipe_data["sampling"]["max_new_tokens"]
 
         def __call__(self, rollouts, batch):
             assert all(r.reward is not None for r in rollouts)

@@ -233,6 +233,32 @@ def test_the_gradient_is_the_card_s():
     assert (logit_gradient(method, p, step)[1] - expected).abs().max() < 1e-14
 
 
+def test_the_gradient_with_accepted_sets_is_the_card_s():
+    """The stricter event: the sampled token is outside the teacher's fewest ids that hold half of the mass, at most 4."""
+    method = build_method("prune_opd", {"k": 4, "event": "accept", "accept": 0.5, "drop": 0.25, "base": 0.1})
+    p, step = sequence_step(method, near=1.0)
+    leaf = p.clone().requires_grad_(True)
+    logp, logq = leaf.log_softmax(-1), (p + 1.0 * logits(12, 20, seed=1)).log_softmax(-1)
+    loss, count, before, seen = torch.zeros(()), 0, -1, []
+    for t in range(12):
+        if int(step.layout.seq[t]) != before:
+            before, count = int(step.layout.seq[t]), 0
+        ranked, accepted, mass = logq[t].sort(descending=True).indices[:4].tolist(), set(), 0.0
+        for token in ranked:
+            if mass < 0.5:
+                accepted.add(token)
+                mass += float(logq[t, token].exp())
+        count += int(step.tokens[t]) not in accepted
+        weight = min(max(1 - 0.25 * count, 0.0), 1.0) + 0.1
+        seen.append(weight)
+        ids = p[t].topk(4).indices
+        advantage = weight * logp[t, ids].softmax(0).detach() * (logq[t, ids] - logp[t, ids]).detach()
+        loss = loss - (advantage * logp[t, ids]).sum() / 12
+    assert len(set(seen)) > 2 and seen.count(0.1) < 9
+    (expected,) = torch.autograd.grad(loss, leaf)
+    assert (logit_gradient(method, p, step)[1] - expected).abs().max() < 1e-14
+
+
 def test_after_the_limit_the_reward_goes_on_at_base_and_every_token_is_counted():
     method = build_method("prune_opd", {"k": 4, "gamma": 1.0, "drop": 1.0, "base": 0.5})
     p, step = sequence_step(method, near=4.0)
@@ -412,6 +438,7 @@ def test_a_run_that_stopped_in_the_controller_s_life_goes_on_exactly(prune_data,
     ({"accept": 0.9}, RecipeError, "belongs to event"),
     ({"adapt": False}, RecipeError, "no effect with adapt false"),
     ({"drop": 0.0, "stop_every": 4}, RecipeError, "stop_every = 4 has no effect"),
+    ({"stop_every": 12}, RecipeError, r"after every 12 tokens, and sampling.max_new_tokens is 12, so it would never look"),
 ])  # fmt: skip
 def test_settings_without_effect_are_errors(prune_data, method, error, said):
     with pytest.raises(error, match=said):

@@ -628,7 +628,8 @@ def test_sessions_do_not_share_variables():
         ({"limits": {"memory_mb": 1.5}}, "memory_mb = 1.5, expected an integer"),
         ({"limits": {"threads": True}}, "threads = True, expected an integer"),
         ({"persistent": "no"}, "persistent = 'no', expected true or false"),
-        ({"colour": 1}, "do not fit environment 'python'"),
+        ({"colour": 1}, "do not fit environment 'python', which takes limits, persistent, packages, allow_weaker"),
+        ({"limits": "few"}, "limits = 'few', expected a mapping of seconds, "),
         ({"limits": {"memory_mb": 1}}, "memory_mb = 1, expected more than 64"),
     ],
 )

@@ -1,8 +1,10 @@
 """Shaping of rewards by hand, the normalised outcome at its edges, and what of both a run logs."""
 
+from pathlib import Path
+
 import pytest
 import torch
-from test_loop import metrics, run
+from test_loop import changed, metrics, run
 
 from opdkit.catalogue import build_method
 from opdkit.errors import MethodError, RecipeError
@@ -128,6 +130,15 @@ def test_both_standard_deviations():
     assert advantages([1, 1, -1, -1], eps=1.0, std="population") == pytest.approx([0.5, 0.5, -0.5, -0.5])
 
 
+def test_leave_one_out_by_hand():
+    """(1, 0, 0, 1): the others of a right answer have the mean 1/3, of a wrong one 2/3; (3, 0): 0 and 3."""
+    reward, group = [1, 0, 0, 1, 3, 0], [0, 0, 0, 0, 1, 1]
+    plain = advantages(reward, group, baseline="leave_one_out", std=False)
+    assert plain == pytest.approx([2 / 3, -2 / 3, -2 / 3, 2 / 3, 3, -3], abs=1e-15)
+    scaled = advantages(reward, group, baseline="leave_one_out")  # unbiased variances 1/3 and 9/2
+    assert scaled == pytest.approx([a / (s + 1e-6) for a, s in zip(plain, [3**-0.5] * 4 + [4.5**0.5] * 2, strict=True)])
+
+
 @pytest.mark.parametrize("arguments", [
     {}, {"std": False}, {"std": "population"}, {"baseline": "leave_one_out"}, {"std": False, "baseline": "leave_one_out"},
 ])  # fmt: skip
@@ -176,6 +187,24 @@ def test_grpo_with_a_penalty_for_length_learns_from_the_shaped_reward(recipe_dat
 def test_a_penalty_that_does_not_fit_the_recipe_stops_it(recipe_data):
     with pytest.raises(RecipeError, match="the buffer is longer than the response limit of 8 tokens"):
         run(recipe_data, method={"name": "grpo", "overlong": 9}, teachers={}, train__steps=1)
+    assert not Path(recipe_data["output"]).exists()
+
+
+@pytest.mark.parametrize(("overlong", "fits"), [(3, True), (4, False)])
+def test_a_buffer_must_fit_the_least_limit_of_a_length_control(recipe_data, overlong, fits):
+    """sampling.max_new_tokens is 8, but the controller may go down to 3 tokens."""
+    control = "LengthControl(reliable(event=low_overlap(k=4)), start=6, least=3, step=1, margin=1)"
+    method = {"name": "compose", "controllers": [control], "prepare": [f"Overlong({overlong})"],
+              "terms": ["Term(signal=outcome())"], "views": {"teacher": "View('teacher')"}}  # fmt: skip
+    data = changed(recipe_data, method=method, train__steps=1)
+    if fits:
+        run(data)
+    else:
+        with pytest.raises(
+            RecipeError, match=r"Overlong\(buffer=4\): .* response limit of 3 tokens.*`least` of a length"
+        ):
+            run(data)
+        assert not Path(recipe_data["output"]).exists()
 
 
 def test_a_method_with_shaping_says_so():

@@ -198,7 +198,7 @@ def test_environments_by_name():
     assert make_environment("test_tools:RudeWorld", {}).tools == RudeWorld.tools
     for name, settings, says in (
         ("calculater", {}, "did you mean 'calculator'"),
-        ("calculator", {"operation": 2}, "do not fit environment 'calculator'"),
+        ("calculator", {"operation": 2}, "do not fit environment 'calculator', which takes operations"),
         ("test_tools:Missing", {}, "cannot be imported"),
         ("no_such_module:Missing", {}, "cannot be imported"),
         ("test_tools:Rude", {}, "expected an object with `tools`"),
@@ -603,7 +603,7 @@ def test_supervised_learning_of_calls(agent_data):
         ({"tools": {"environment": "calculator", "calls": "text", "settings": {"operations": 0}}}, "operations = 0"),
         ({"tools": {"environment": "calculator", "calls": "words"}}, "tools.calls"),
         ({"tools": {"environment": "calculator", "calls": "text", "characters": 3}}, "tools.characters"),
-        ({"tools": {"environment": "calculator"}}, "does not show"),
+        ({"tools": {"environment": "calculator"}}, "does not show .* set tools.show: system"),
         ({"tools": {"environment": "calculator"}, "task": {"kind": "testbed", "name": "sums", "template": "plain"}}, "plain"),
         ({"tools": {"environment": "test_tools:TwoTools", "calls": "text"}}, "one tool of one argument"),
         ({"tools": {"environment": "calculator", "calls": "text", "show": "system"}}, "tools.show"),

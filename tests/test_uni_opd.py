@@ -182,6 +182,9 @@ def test_inverted_and_close_prompts_are_seen():
 def test_tokens_at_the_range_of_the_log_ratio_leave():
     step = rewards([9.999, 10.0, -10.0, -100.0], correct="+")
     assert within_log_ratio()(step).tolist() == [1.0, 0.0, 0.0, 0.0]
+    for limit in (0.0, -1.0, float("nan")):
+        with pytest.raises(MethodError, match="a number of nats above 0, else every token is left out"):
+            within_log_ratio(limit=limit)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

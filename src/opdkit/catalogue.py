@@ -7,7 +7,9 @@ import importlib
 import inspect
 import pkgutil
 from collections.abc import Callable, Mapping
-from typing import Any
+from math import isnan
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
@@ -48,12 +50,24 @@ def build_method(name: str, arguments: Mapping[str, Any]) -> Method:
 
 def _check_argument(name: str, argument: inspect.Parameter, value: Any) -> None:
     """Raise RecipeError unless `value` fits the argument's annotation (numbers are not made from strings)."""
+    if isinstance(value, float) and isnan(value):
+        raise RecipeError(f"method {name}: {argument.name}={value!r}: expected a number")
     try:
         TypeAdapter(argument.annotation, config=ConfigDict(strict=True)).validate_python(value)
     except ValidationError as error:
         raise RecipeError(
-            f"method {name}: {argument.name}={value!r}: expected {inspect.formatannotation(argument.annotation)}"
+            f"method {name}: {argument.name}={value!r}: expected {in_words(argument.annotation)}"
         ) from error
+
+
+def in_words(annotation: Any) -> str:
+    """What an annotation allows, as a person writes it in a recipe: `'signal' or 'terms'`, `float or null`."""
+    inner = get_args(annotation)
+    if get_origin(annotation) is Literal:
+        return " or ".join(map(repr, inner))
+    if get_origin(annotation) in (Union, UnionType):
+        return " or ".join(in_words(one) for one in inner)
+    return "null" if annotation is NoneType else inspect.formatannotation(annotation)
 
 
 def method_table() -> list[tuple[str, str, str]]:

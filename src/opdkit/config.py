@@ -323,6 +323,8 @@ def _explain(problem: Any) -> str:
         return f"'{where}' is missing"
     if problem["type"] == "value_error":
         return message
+    if problem["type"] in ("model_type", "dict_type"):
+        message = "expected a mapping of settings"
     return f"'{where}' = {problem['input']!r}: {message}"
 
 

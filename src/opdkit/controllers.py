@@ -40,6 +40,10 @@ class Controller(Protocol):
         """Raise RecipeError where it has no effect on runs whose sampling.max_new_tokens is `window`."""
         ...
 
+    def shortest(self, window: int) -> int:
+        """The least response limit that it may set in such a run, in tokens; `window` where it sets none."""
+        ...
+
     def init(self) -> State: ...
 
     def measure(self, step: Step) -> Float[Tensor, " n"]:

@@ -31,21 +31,24 @@ def difficulty(recipe: Recipe, out: str, *, samples: int = 8, prompts: int | Non
         raise RecipeError(f"--samples {samples}: a prompt is hard or easy by several responses; give 2 or more")
     if prompts is not None and prompts < 1:
         raise RecipeError(f"--prompts {prompts}: expected 1 or more")
-    if Path(out).exists():
-        raise RecipeError(f"{out} exists; give another file, or remove it")
+    if Path(out).exists() or not Path(out).parent.is_dir():
+        what = (
+            "exists; give another file, or remove it" if Path(out).exists() else "lies in a folder that does not exist"
+        )
+        raise RecipeError(f"--out {out}: it {what}")
     plain = recipe.task.model_copy(update={"upsample": None, "upsample_shape": None})
     setup = set_up(recipe.model_copy(update={"task": plain}))
     if setup.task.verify is None:
         raise RecipeError(f"task '{setup.task.name}' has no verifier; set task.verifier")
     count = len(setup.train) if prompts is None else min(prompts, len(setup.train))
-    chunks = [range(start, min(start + CHUNK, count)) for start in range(0, count, CHUNK)]
-    rows = [row for numbers in chunks for row in _rows(setup, numbers, samples)]
-    twice = [name for name, times in Counter(row["id"] for row in rows).items() if times > 1]
+    twice = [name for name, times in Counter(p.id for p in setup.train.problems[:count]).items() if times > 1]
     if twice:
         raise DataError(
             f"{len(twice)} problem ids occur more than once, such as {twice[0]!r}; task.upsample finds problems by their id: "
             "give each row its own"
         )
+    chunks = [range(start, min(start + CHUNK, count)) for start in range(0, count, CHUNK)]
+    rows = [row for numbers in chunks for row in _rows(setup, numbers, samples)]
     write_text(Path(out), "".join(json.dumps(row) + "\n" for row in rows))
     return describe(Counter(int(str(row["correct"])) for row in rows), samples, out)
 

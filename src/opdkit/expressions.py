@@ -18,7 +18,7 @@ from math import inf
 from types import UnionType
 from typing import Any, Literal, NoReturn, Union, get_args, get_origin
 
-from opdkit.catalogue import method_names
+from opdkit.catalogue import in_words, method_names
 from opdkit.config import nearest
 from opdkit.controllers import Controller
 from opdkit.errors import MethodError
@@ -212,9 +212,7 @@ class _Reader:
             if type(value) is int and not fits(value, known.annotation) and fits(1.0, known.annotation):
                 value = bound.arguments[argument] = self._made(node, float, value)
             if not all(fits(v, known.annotation) for v in (value if many else (value,))):
-                self.fail(
-                    node, f"{name}: {argument} = {value!r}: expected {inspect.formatannotation(known.annotation)}"
-                )
+                self.fail(node, f"{name}: {argument} = {value!r}: expected {in_words(known.annotation)}")
         return self._made(node, maker, *bound.args, **bound.kwargs)
 
     def _made(self, node: ast.AST, maker: Callable[..., Any], *values: Any, **given: Any) -> Any:

@@ -51,6 +51,9 @@ class EntropyGate(Value):
     def check(self, window: int) -> None:
         """It limits no length: any window will do."""
 
+    def shortest(self, window: int) -> int:
+        return window
+
     def init(self) -> State:
         return {"warmup": [], "closed": False, "open": False, "entropy": 0.0}
 

@@ -65,6 +65,9 @@ class LengthControl(Value):
                               f"{self.most or window} are allowed, so it could never move; lower `least`, raise "
                               "sampling.max_new_tokens, or leave out the length control")  # fmt: skip
 
+    def shortest(self, window: int) -> int:
+        return min(self.least, window)
+
     def needs(self) -> tuple[str, ...]:
         return tuple(need for _, need in self.of.needs)
 

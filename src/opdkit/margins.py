@@ -103,7 +103,14 @@ def below_margin(
     return step.layout.spread(below.to(found.reward.dtype))
 
 
-@piece("{num}.sampled", "{den}.sampled")
+def _check_limit(num: str, den: str, limit: float) -> None:
+    if not limit > 0:
+        raise MethodError(
+            f"within_log_ratio(limit={limit}): expected a number of nats above 0, else every token is left out"
+        )
+
+
+@piece("{num}.sampled", "{den}.sampled", check=_check_limit)
 def within_log_ratio(
     step: Step, *, num: str = "teacher", den: str = "student", limit: float = 10.0
 ) -> Float[Tensor, " N"]:

@@ -13,6 +13,7 @@ from opdkit.controllers import Controller
 from opdkit.errors import MethodError
 from opdkit.hooks import Hook
 from opdkit.losses import Divergence, PolicyGradient
+from opdkit.metrics import LOGGED
 from opdkit.pieces import Piece, flat
 from opdkit.prepare import Prepare
 from opdkit.reduction import Reduction
@@ -114,7 +115,10 @@ class Method:
         if (self.watch or self.prepare) and "policy" not in self.rollouts:
             raise MethodError(f"method {self.name}: prepare steps and watched pieces read the source 'policy', but the "
                               f"rollout sources are {', '.join(self.rollouts)}")  # fmt: skip
-        for piece in self.watch.values():
+        for label, piece in self.watch.items():
+            if label.split("/")[0] in LOGGED:
+                raise MethodError(f"method {self.name}: watch '{label}' has the name of a number that is logged anyway; give "
+                                  "it another name")  # fmt: skip
             flat(piece, "watch")
             self._check_needs(_read_by(piece), "policy")
         for name in self.views:

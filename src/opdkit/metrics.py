@@ -22,6 +22,12 @@ from opdkit.rollouts.rollout import Rollout
 from opdkit.step import Scores, Step, take_rows
 from opdkit.turns import turn_means, usable
 
+LOGGED = frozenset([  # what every run may log, before any "/": names that a watched piece must not take
+    "step", "loss", "grad_norm", "lr", "loss_scale", "tokens", "tokens_per_second", "peak_memory_mb", "seconds", "count",
+    "reverse_kl", "overlap_ratio", "overlap_chance", "overlap_token_advantage", "overlap_mass_student",
+    "overlap_mass_teacher", "entropy_student", "entropy_teacher", "entropy_gap", "sampler_gap", "informed", "tools",
+    "response_length", "clipped_share", "reward", "prepared_reward", "accuracy", "groups_mixed", "groups_all_wrong",
+])  # fmt: skip
 TURNS = 8  # turns of a response that are logged each on its own; the last one stands for all later ones too
 
 
@@ -56,7 +62,8 @@ def agreement(student: Scores, teacher: Scores, k: int) -> Means:
         found["entropy_gap"] = mean_and_count((teacher.entropy - student.entropy).abs())
     if student.top_ids is not None and teacher.top_ids is not None:
         k = min(k, student.top_ids.shape[1], teacher.top_ids.shape[1])
-        rows = [_overlap(student, teacher, k, slice(i, i + ROWS)) for i in range(0, student.sampled.shape[0], ROWS)]
+        n = max(1, student.sampled.shape[0])  # where every token is left out, one empty part
+        rows = [_overlap(student, teacher, k, slice(i, i + ROWS)) for i in range(0, n, ROWS)]
         share, advantage, p_mass, q_mass = (torch.cat(column) for column in zip(*rows, strict=True))
         found["overlap_ratio"] = mean_and_count(share)
         found["overlap_token_advantage"] = mean_and_count(advantage[share > 0])

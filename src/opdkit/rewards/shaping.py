@@ -28,6 +28,9 @@ class RewardScale(Value):
     def needs(self) -> tuple[str, ...]:
         return ("rollouts.reward",)
 
+    def check(self, shortest: int) -> None:
+        """Lengths do not matter to it."""
+
     def __call__(self, rollouts: list[Rollout], batch: Batch) -> list[Rollout]:
         return [replace(r, reward=self.low + (self.high - self.low) * reward(r)) for r in rollouts]
 
@@ -49,6 +52,9 @@ class CallBonus(Value):
 
     def needs(self) -> tuple[str, ...]:
         return ("rollouts.reward", "rollouts.correct")
+
+    def check(self, shortest: int) -> None:
+        """Lengths do not matter to it."""
 
     def __call__(self, rollouts: list[Rollout], batch: Batch) -> list[Rollout]:
         return [r if r.correct else replace(r, reward=reward(r) + self.bonus(tool_calls(r))) for r in rollouts]
@@ -78,11 +84,17 @@ class Overlong(Value):
     def needs(self) -> tuple[str, ...]:
         return ("rollouts.reward",)
 
-    def __call__(self, rollouts: list[Rollout], batch: Batch) -> list[Rollout]:
-        limit = batch.limit if self.limit is None else self.limit
+    def check(self, shortest: int) -> None:
+        """Raise RecipeError where every response would be penalised."""
+        limit = shortest if self.limit is None else self.limit
         if limit < self.buffer:
             raise RecipeError(f"{self}: the buffer is longer than the response limit of {limit} tokens, so every response "
-                              "would be penalised; lower the buffer, or raise sampling.max_new_tokens")  # fmt: skip
+                              "would be penalised; lower the buffer, or raise sampling.max_new_tokens (and `least` of a "
+                              "length control)")  # fmt: skip
+
+    def __call__(self, rollouts: list[Rollout], batch: Batch) -> list[Rollout]:
+        self.check(batch.limit)
+        limit = batch.limit if self.limit is None else self.limit
         return [replace(r, reward=reward(r) - self.penalty(len(r.response_ids), limit)) for r in rollouts]
 
     def penalty(self, length: int, limit: int) -> float:

@@ -37,6 +37,9 @@ class Balance(Value):
     def needs(self) -> tuple[str, ...]:
         return ("rollouts.correct", f"rollouts.{self.scope}")
 
+    def check(self, shortest: int) -> None:
+        """Lengths do not matter to it."""
+
     def __call__(self, rollouts: list[Rollout], batch: Batch) -> list[Rollout]:
         groups = [list(g) for _, g in groupby(rollouts, key=lambda r: r.group)] if self.scope == "group" else [rollouts]
         return [kept for group in groups for kept in self._balanced(group, batch.seed)]

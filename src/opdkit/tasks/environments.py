@@ -9,6 +9,7 @@ an environment that runs what the model writes needs a process of its own that i
 """
 
 import importlib
+import inspect
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -82,13 +83,23 @@ def make_environment(name: str, settings: Mapping[str, Any]) -> Environment:
     except (TypeError, ValueError) as error:
         if isinstance(error, OpdkitError):
             raise
-        raise RecipeError(f"tools.settings = {dict(settings)} do not fit environment '{name}': {error}") from error
+        raise RecipeError(
+            f"tools.settings = {dict(settings)} do not fit environment '{name}'{_parameters(make)}: {error}"
+        ) from error
     if not isinstance(made, Environment):
         raise RecipeError(f"tools.environment = '{name}' gives a {type(made).__name__}, expected an object with `tools` and "
                           "`start(problem)`")  # fmt: skip
     if not read_tools(list(made.tools), f"tools of environment '{name}'"):
         raise RecipeError(f"environment '{name}' has no tools; remove the recipe's section `tools`")
     return made
+
+
+def _parameters(make: Any) -> str:
+    """The settings that an environment takes, as words; nothing where it does not say."""
+    try:
+        return f", which takes {', '.join(inspect.signature(make).parameters) or 'none'}"
+    except (TypeError, ValueError):
+        return ""
 
 
 def function_of(tool: Message) -> Message:

@@ -212,7 +212,8 @@ def _check_tools(
     if shown == bare:
         raise DataError(
             f"the chat template of '{tokenizer.name_or_path}' does not show the tools of problem {problem.id}; use a model "
-            "whose template has tools, or describe them in the prompt and leave the column out"
+            "whose template has tools, or describe them in the prompt: set tools.show: system where they are the recipe's, "
+            "leave the column out where they are the data's"
         )
 
 

@@ -73,6 +73,10 @@ class PythonSession:
 
 def _read_limits(given: Mapping[str, Any]) -> Limits:
     known = [field.name for field in fields(Limits)]
+    if not isinstance(given, Mapping):
+        raise RecipeError(
+            f"the Python sandbox has limits = {given!r}, expected a mapping of {', '.join(known)} to numbers"
+        )
     for name, value in given.items():
         if name not in known:
             raise RecipeError(f"the Python sandbox has no limit '{name}'{nearest(name, known)}")

@@ -13,7 +13,7 @@ from opdkit.config import Recipe, nearest
 from opdkit.contexts import Material
 from opdkit.errors import ModelError, RecipeError
 from opdkit.kernels import check_kernel
-from opdkit.lora import EMA, LIVE
+from opdkit.lora import EMA, LIVE, SELF
 from opdkit.losses import PolicyGradient
 from opdkit.method import Method, View
 from opdkit.models import LanguageModel, check_same_vocabulary, checkpoint_activations, load_models
@@ -205,8 +205,11 @@ def check_processes(recipe: Recipe, method: Method, processes: Processes) -> Non
 
 def check_recipe(recipe: Recipe, method: Method) -> None:
     """Raise RecipeError for settings that contradict the method or would have no effect."""
+    window = recipe.sampling.max_new_tokens
     for controller in method.controllers:
-        controller.check(recipe.sampling.max_new_tokens)
+        controller.check(window)
+    for prepare in method.prepare:
+        prepare.check(min([window, *(controller.shortest(window) for controller in method.controllers)]))
     for who, teacher in method.asks:
         if teacher not in recipe.teachers:
             hint = nearest(teacher, list(recipe.teachers)) if recipe.teachers else "; the recipe has no teachers"
@@ -225,6 +228,12 @@ def check_recipe(recipe: Recipe, method: Method) -> None:
         raise RecipeError(
             f"eval.top_p = {recipe.eval.top_p} has no effect on greedy evaluation (eval.temperature = 0); remove it"
         )
+    for name, source in method.rollouts.items():
+        early = source.stop_early if isinstance(source, OnPolicy) else None
+        if early is not None and early.every >= recipe.sampling.max_new_tokens:
+            raise RecipeError(f"rollout source '{name}' of method {method.name} looks for a reason to stop after every "
+                              f"{early.every} tokens, and sampling.max_new_tokens is {recipe.sampling.max_new_tokens}, so it "
+                              "would never look; lower the first, or leave out the early stop")  # fmt: skip
     for name, source in method.rollouts.items() if recipe.tools is not None else ():
         if isinstance(source, TeacherSamples) or (isinstance(source, OnPolicy) and source.stop_early is not None):
             what = "comes from a teacher" if isinstance(source, TeacherSamples) else "stops early"
@@ -234,7 +243,8 @@ def check_recipe(recipe: Recipe, method: Method) -> None:
     if updates_per_step(recipe) > 1 and any(isinstance(term.loss, PolicyGradient) for term in method.terms):
         raise RecipeError(f"train.minibatches x train.epochs = {updates_per_step(recipe)} updates a rollout batch, but "
                           f"method {method.name} has a policy gradient without a ratio, which is wrong from the second "
-                          "update on; give the method low and high, as in method.low=0.2 method.high=0.2")  # fmt: skip
+                          "update on; give the method (of compose, its base) low and high, as in method.low=0.2 "
+                          "method.high=0.2, or write ClippedPolicyGradient(0.2, 0.2) in its terms")  # fmt: skip
     if method.needs_group and recipe.sampling.group < 2:
         raise RecipeError(f"method {method.name} compares the responses of a prompt's group or shows one to another, and a "
                           f"group of {recipe.sampling.group} has none; set sampling.group to 2 or more")  # fmt: skip
@@ -296,6 +306,11 @@ def notes(setup: Setup) -> list[str]:
     if setup.recipe.train.score_ahead:
         late = obstacles(setup.recipe, setup.method, setup.student, setup.teachers)
         found += [f"view '{name}' is scored after sampling: {why}" for name, why in late.items()]
+    for name, config in setup.recipe.teachers.items():
+        if config.path in SELF and config.temperature != setup.student.temperature:
+            found.append(f"teacher '{name}' is the student itself at temperature {config.temperature:g}, and the student is "
+                         f"scored at {setup.student.temperature:g}: they differ even where nothing is shown; "
+                         f"to compare them set teachers.{name}.temperature={setup.student.temperature:g}")  # fmt: skip
     if setup.teachers:
         problem, _ = setup.train[0]
         recipe = setup.recipe
