@@ -36,6 +36,7 @@ from opdkit.train.state import rng_state, set_rng_state
 from opdkit.train.trackers import Trackers
 from opdkit.train.update import Stream, coefficients, expected_batches, losses, parts, plan, streams
 from opdkit.views.batches import flat_index
+from opdkit.views.interpolated import model_of
 from opdkit.views.local import score
 from opdkit.views.route import assign, merge
 
@@ -157,10 +158,10 @@ def make_step(setup: Setup, source: str, rollouts: list[Rollout], step: int, sta
             flat = replace(flat, views=views)
         for name, view in setup.method.views.items():
             told, parts = setup.told(view, rollouts), []
-            for teacher, at in assign(view.model, rollouts, name).items():
+            for teacher, at in assign(view.routes, rollouts, name).items():
                 lm = setup.teachers[teacher]
                 seen = setup.as_read_by(lm, [rollouts[s] for s in at], told and [told[s] for s in at])
-                bad = r.train.bad_scores
+                bad, lm = r.train.bad_scores, model_of(view, lm, setup.teachers)
                 scores = score(lm, seen, flat, view.support, budget=budget, top_k=k, at=at, bad=bad, view=name)
                 parts.append((flat_index(flat, at), scores))
             views[name] = merge(parts)

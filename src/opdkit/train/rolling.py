@@ -62,6 +62,8 @@ class Rolling:
                     rollouts = prepare(rollouts, batch)
                 if not rollouts:  # a step needs tokens: these get weight 0
                     rollouts = [replace(r, dropped=True) for r in self.judged]
+            else:
+                rollouts = setup.shown(setup.method.rollouts[name], rollouts)
             found[name] = [replace(r, group=numbers[r.group]) for r in rollouts]
         self._remember(found)
         return found
