@@ -155,8 +155,8 @@ def set_up(recipe: Recipe) -> Setup:
     for source in method.rollouts.values():
         if isinstance(source, Dataset):  # a response that cannot be used fails here
             setup.shown(source, from_dataset(student, task, train[:PROBE], setup.sampling))
-        if (context := context_of(source)) != "own":
-            check_told(student, recipe.student, context, task.train, recipe.task, setup.material, new)
+        if (shown := context_of(source)) != "own":
+            check_told(student, recipe.student, shown, task.train, recipe.task, setup.material, new)
     return setup
 
 
