@@ -1,6 +1,7 @@
 """What a privileged context shows: its texts, where they stand, who has none, and what is refused at the start."""
 
 import json
+from dataclasses import replace
 
 import pytest
 from test_loop import metrics, run
@@ -184,7 +185,7 @@ def test_a_prompt_that_leaves_no_room_names_the_way_out():
             0
         ].prompt_ids
     )
-    short = make_lm(QWEN, context=length + 1)
+    short = replace(make_lm(QWEN, context=length + 1), name="tutor")
     with pytest.raises(DataError, match=rf"problem p: teacher '{short.name}' reads {length} prompt tokens with its context, "
                                         rf"and with 2 response tokens that is over its context of {length + 1}; set the "
                                         r"method's max_tokens"):  # fmt: skip

@@ -6,7 +6,7 @@ only through this type; `methods/` holds one file per published method.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from opdkit.contexts import Context
 from opdkit.controllers import Controller
@@ -19,8 +19,9 @@ from opdkit.prepare import Prepare
 from opdkit.reduction import Reduction
 from opdkit.rows import Loss
 from opdkit.serialise import decode, encode, register
-from opdkit.sources import EarlyStop, OnPolicy, Source, TeacherSamples
-from opdkit.support import Full, Sampled, Support, TopK
+from opdkit.sources import EarlyStop, OnPolicy, Source, TeacherSamples, context_of
+from opdkit.support import Full, TopK
+from opdkit.view import View
 from opdkit.weights import ones
 
 
@@ -38,27 +39,6 @@ class Linear:
 
     def __call__(self, progress: float) -> float:
         return self.start + (self.end - self.start) * min(1.0, progress / self.until)
-
-
-@dataclass(frozen=True)
-class View:
-    """Who scores, having read what, on which tokens.
-
-    A mapping {domain: teacher} gives each rollout the teacher of its problem's domain; `*` stands for all other domains.
-    """
-
-    model: str | Mapping[str, str]  # "student" or a teacher's name in the recipe, or one for each domain
-    support: Support = Sampled()
-    context: Literal["own"] | Context = "own"  # own: the model reads the rollout's own prompt
-
-    def __post_init__(self) -> None:
-        if not self.models:
-            raise MethodError(f"{self}: its model names no teacher; give one name, or {{domain: teacher, ...}}")
-
-    @property
-    def models(self) -> tuple[str, ...]:
-        """The names of all its models, each once."""
-        return tuple(dict.fromkeys([self.model] if isinstance(self.model, str) else self.model.values()))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,7 +171,8 @@ class Method:
         """(who reads, view, field) of all terms, controllers, prepare steps and watched pieces."""
         found = [need for term in self.terms for need in self._needs(term)]
         found += [need for piece in self.watch.values() for need in _read_by(piece)]
-        contexts = [view.context for view in self.views.values() if view.context != "own"]
+        shown = [view.context for view in self.views.values()] + [context_of(s) for s in self.rollouts.values()]
+        contexts = [context for context in shown if context != "own"]
         parts: list[Controller | Prepare | Hook | Context | EarlyStop]
         parts = [*self.controllers, *self.prepare, *self.after_update, *contexts, *self._early()]
         return found + [need for part in parts for need in _split(part, part.needs())]
@@ -300,4 +281,4 @@ def _split(
     return [(repr(part), *need.split(".", 1)) for need in needs]  # type: ignore[misc]
 
 
-register(Method, Term, View, Linear)
+register(Method, Term, Linear)

@@ -2,8 +2,8 @@
 
 `teachers.NAME.path` is `student:base`, `student:live` or `student:ema`. What they are shown is the view's business.
 
-Left out: averages of adapters while FSDP2 divides the student, and SDPO's "trust-region" teacher, a mixture of two teachers'
-log-probs, which no single model's head gives.
+Left out: averages of adapters while FSDP2 divides the student. A trust region between two of them is a view's model
+(`opdkit.view.TrustRegion`).
 """
 
 from collections.abc import Iterator, Mapping

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from opdkit import losses, sources, support
+from opdkit import losses, support
 from opdkit.errors import MethodError
 from opdkit.pieces import Piece, make_piece
 
@@ -21,7 +21,7 @@ def registered() -> dict[str, type]:
     return dict(_TYPES)
 
 
-for _module in (losses, sources, support):
+for _module in (losses, support):
     register(*(t for t in vars(_module).values() if dataclasses.is_dataclass(t) and isinstance(t, type)
                and t.__module__ == _module.__name__))  # fmt: skip
 

@@ -4,9 +4,12 @@ Every source has `share`, its part of the step's prompts; the shares of a method
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
+from opdkit.contexts import Context
 from opdkit.errors import MethodError
 from opdkit.pieces import Piece, flat
+from opdkit.serialise import register
 from opdkit.values import Value
 
 
@@ -71,18 +74,34 @@ class OnPolicy(Value):
 
 @dataclass(frozen=True, repr=False)
 class Dataset(Value):
-    """The task's own target responses stand as rollouts."""
+    """The task's own target responses stand as rollouts.
+
+    With a `context` the student reads before them what that context shows, in place of its own prompt, and learns to read
+    it: what a self-teacher must be able to do.
+    """
 
     share: float = 1.0
+    context: Literal["own"] | Context = "own"
+
+    def __post_init__(self) -> None:
+        _check_context(self, self.context)
 
 
 @dataclass(frozen=True, repr=False)
 class TeacherSamples(Value):
-    """A teacher's responses, sampled once per prompt and kept on disk; temperature 0 is greedy."""
+    """A teacher's responses, sampled once per prompt and kept on disk; temperature 0 is greedy.
+
+    The teacher reads the plain prompt. The student reads what the `context` shows, as in `Dataset`; the responses are
+    verified where it says whether they are right.
+    """
 
     share: float = 1.0
     teacher: str = "teacher"
     temperature: float = 1.0
+    context: Literal["own"] | Context = "own"
+
+    def __post_init__(self) -> None:
+        _check_context(self, self.context)
 
 
 @dataclass(frozen=True, repr=False)
@@ -101,3 +120,17 @@ class Replay(Value):
 
 
 Source = OnPolicy | Dataset | TeacherSamples | Replay
+
+
+def _check_context(source: Dataset | TeacherSamples, context: Literal["own"] | Context) -> None:
+    if context != "own" and "rollouts.group" in context.needs():
+        raise MethodError(f"{source}: its context shows a sibling, but these sources have one response to a prompt; show a "
+                          "Solution() or Feedback()")  # fmt: skip
+
+
+def context_of(source: Source) -> Literal["own"] | Context:
+    """What the student reads before the responses of a source; those that it samples stand after its own prompt."""
+    return source.context if isinstance(source, Dataset | TeacherSamples) else "own"
+
+
+register(EarlyStop, OnPolicy, Dataset, TeacherSamples, Replay)

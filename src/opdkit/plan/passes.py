@@ -151,7 +151,7 @@ def scoring_flops(job: Job, depths: Depths = WHOLE) -> float:
         rule = job.along(name)
         for view, v in job.method.views.items():
             again = rule is None or rule.view != view
-            asked += [(job.teachers[m], 1 / len(v.models), job.read_by(view, m, texts), again) for m in v.models]
+            asked += [(job.teachers[m], v.part, job.read_by(view, m, texts), again) for m in v.models]
         for model, share, read, again in asked:
             p, cut = products(model, depths), passes(model, read, job.recipe.train.score_tokens)
             total += share * (again * p.forward(cut) + p.logits * sum(c.trained for c in cut))
@@ -163,8 +163,8 @@ def updating_flops(job: Job, depths: Depths = WHOLE) -> float:
     t, p = job.recipe.train, products(job.student, depths)
     cut = [c for texts in job.update_texts() for c in passes(job.student, texts, t.microbatch_tokens)]
     read = {term.loss.teacher for term in job.method.terms}
-    again = [v.models for n, v in job.method.views.items() if n in read and isinstance(v.support, Full)]
-    each = [Products.of(job.teachers[m]).logits / len(models) for models in again for m in models]
+    again = [v for n, v in job.method.views.items() if n in read and isinstance(v.support, Full)]
+    each = [Products.of(job.teachers[m]).logits * v.part for v in again for m in v.models]
     logits = sum(each) * sum(c.trained for c in cut)
     return t.minibatches * t.epochs * (p.learning(cut, t.gradient_checkpointing) + logits)
 

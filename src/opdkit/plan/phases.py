@@ -35,6 +35,7 @@ from opdkit.rollouts.rollout import Rollout
 from opdkit.sources import OnPolicy, TeacherSamples
 from opdkit.support import Full, TopK
 from opdkit.train.keep import to_keep
+from opdkit.view import TrustRegion
 
 GRADIENTS = "gradients"
 
@@ -204,7 +205,8 @@ def _kept(job: Job) -> tuple[Part, ...]:
             k = view.support.k * (2 if view.support.of in ("union", "difference") else 1)
             views += 17 * k + 8  # ids, which of them count, both sides' log-probs, tails
         elif isinstance(view.support, Full):
-            views += max(job.rehearsal(job.teachers[model]).hidden_size() for model in view.models)
+            sizes = [job.rehearsal(job.teachers[model]).hidden_size() for model in view.models]
+            views += sum(sizes) if isinstance(view.model, TrustRegion) else max(sizes)
     for name in job.method.rollouts:
         if (follower := job.follower(name)) is not None:  # Rollout.states
             views += job.rehearsal(follower).hidden_size()
@@ -217,7 +219,8 @@ def _kept(job: Job) -> tuple[Part, ...]:
 def _update(job: Job) -> tuple[Part, ...]:
     t, student, cut = job.recipe.train, job.student, job.update_texts(longest=True)
     read = {term.loss.teacher for term in job.method.terms}
-    tables = 1 + sum(isinstance(view.support, Full) and name in read for name, view in job.method.views.items())
+    compared = [v for name, v in job.method.views.items() if isinstance(v.support, Full) and name in read]
+    tables = 1 + len(compared) + sum(isinstance(v.model, TrustRegion) for v in compared)
     found = [p for texts in cut for p in passes(student, texts, t.microbatch_tokens)]
     largest = max(found, key=lambda p: p.tokens)
     logits = chunk_bytes(

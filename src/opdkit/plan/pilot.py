@@ -6,7 +6,7 @@ ends by itself. A model that is large is built with fewer of its layers. Left ou
 in), prepare steps, and what verifying and tracking take.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -157,7 +157,8 @@ class Rereading(Setup):
 
 def _unrouted(method: Method) -> Method:
     """The method with one teacher, the first, in views that have one for each domain: made-up texts have no domain."""
-    return replace(method, views={name: replace(view, model=view.models[0]) for name, view in method.views.items()})
+    return replace(method, views={name: replace(view, model=view.models[0]) if isinstance(view.model, Mapping) else view
+                                  for name, view in method.views.items()})  # fmt: skip
 
 
 def _depth(model: Model, free: int) -> int:

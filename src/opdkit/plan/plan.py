@@ -21,6 +21,7 @@ from opdkit.plan.pilot import pilot, reads_packs
 from opdkit.plan.reading import find_readings
 from opdkit.plan.stopwatch import Stopwatch
 from opdkit.plan.timing import Timing, timings
+from opdkit.sources import context_of
 from opdkit.tasks.contexts import check_context, describe_difference
 from opdkit.train.processes import Processes
 from opdkit.train.setup import check_processes, check_recipe, check_supports
@@ -226,6 +227,8 @@ def _assumptions(job: Job) -> list[str]:
 def _notes(job: Job, context: int) -> list[str]:
     r, text, data = job.recipe, job.student.architecture.text, job.counts.data
     notes = _assumptions(job)
+    notes += [f"source '{name}' is planned with the task's prompts: what its context adds is not counted"
+              for name, source in job.method.rollouts.items() if context_of(source) != "own"]  # fmt: skip
     new = r.sampling.max_new_tokens
     if r.task.max_prompt_tokens + new > context and not data.encoded:
         notes.append(f"prompts over {context - new} tokens will be refused: with max_new_tokens = {new} they do not fit the "

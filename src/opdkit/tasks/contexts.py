@@ -61,6 +61,24 @@ def reread(
     return found
 
 
+def read_by_student(
+    lm: LanguageModel, context: Context, rollouts: Sequence[Rollout], task: TaskConfig, material: Material
+) -> list[Rollout]:
+    """Rollouts that the student did not sample, with what a context shows in place of the student's prompt.
+
+    Those for which there is nothing to show keep their prompt. Raises DataError for a response of several turns, whose later
+    prompts hold the earlier ones, and as `reread` does.
+    """
+    for rollout in rollouts:
+        if isinstance(rollout.problem.response, tuple):
+            raise DataError(
+                f"the response of problem {rollout.problem.id} is a conversation; a rollout source with a context needs one "
+                "answer to one prompt: take the rows with a text, or leave out the context"
+            )
+    told = context.rewrite(rollouts, material)
+    return reread(lm, "student", {}, rollouts, task, told, material.tokenizer)
+
+
 def _text_key(problem: Problem) -> str:
     return problem.prompt if isinstance(problem.prompt, str) else str(problem.prompt[-1])
 
@@ -70,8 +88,9 @@ def _too_long(lm: LanguageModel, rollout: Rollout, prompt: int, told: bool) -> D
     way_out = f"lower sampling.max_new_tokens to {room}, or set teachers.{lm.name}.template: student"
     if told:
         way_out = "set the method's max_tokens, which cuts the text that is shown, or lower sampling.max_new_tokens"
+    who = "the student" if lm.name == "student" else f"teacher '{lm.name}'"
     return DataError(
-        f"problem {rollout.problem.id}: teacher '{lm.name}' reads {prompt} prompt tokens"
+        f"problem {rollout.problem.id}: {who} reads {prompt} prompt tokens"
         f"{' with its context' if told else ''}, and with {len(rollout.response_ids)} response tokens that is over its "
         f"context of {lm.context_length}; {way_out}"
     )

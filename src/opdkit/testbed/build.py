@@ -2,7 +2,8 @@
 
 `testbed:NAME` in a recipe means one of BUILDS (`testbed:NAME@SEED`: with another seed). Each is a recipe (supervised, or
 GRPO on the verifier) that starts from a new model or from another build. The folder's name carries a hash of all that
-decides its content: the recipe, the parent, and the code of tokenizer, tasks, grammar and shapes.
+decides its content: the recipe, the parent, and the code of tokenizer, tasks, grammar and shapes, and of contexts where the
+model learns to read them.
 """
 
 import fcntl
@@ -38,6 +39,7 @@ class Build:
     optim: Json = field(default_factory=dict)
     sampling: Json = field(default_factory=dict)
     tools: Json = field(default_factory=dict)
+    teachers: Json = field(default_factory=dict)
     seed: int = 0
 
 
@@ -56,6 +58,27 @@ def listing(steps: int, schedule: str, lr: float) -> dict[str, Any]:
     return supervised(steps, schedule, lr=lr) | longer
 
 
+def reading(steps: int, lr: float, plain: float, told: float, right: float) -> dict[str, Any]:
+    """Sections of a supervised build that learns to read what self-distillation shows (`opdkit.contexts`).
+
+    Of the tokens, a share `plain` stands under the prompt alone and `told` under the written solution. The others stand under
+    the solution and a line that says whether they are correct, as `antisd` shows it: the solution itself, a share `right`, and
+    answers of the model that it starts from.
+    """
+    sources = {
+        "plain": (plain, "Dataset(share={})"),
+        "told": (told, "Dataset(share={}, context=Shown())"),
+        "right": (right, "Dataset(share={}, context=Shown(assess=True))"),
+        "judged": (round(1 - plain - told - right, 6), "TeacherSamples(share={}, context=Shown(assess=True))"),
+    }
+    method = {
+        "name": "compose",
+        "rollouts": {name: text.format(share) for name, (share, text) in sources.items()},
+        "terms": [f"Term(loss=CrossEntropy(), on='{name}', coef={share})" for name, (share, _) in sources.items()],
+    }
+    return supervised(steps, lr=lr) | {"method": method, "teachers": {"teacher": {"path": "student:base"}}}
+
+
 def calling(steps: int, schedule: str, lr: float) -> dict[str, Any]:
     """Sections of a supervised build on calls of a tool, whose output is not trained on."""
     tools = {"environment": "calculator", "settings": {"operations": 1}, "calls": "text"}
@@ -63,6 +86,7 @@ def calling(steps: int, schedule: str, lr: float) -> dict[str, Any]:
 
 
 SUMS_A: Json = {"name": "sums", "settings": {"format": "a"}}
+SUMS_LINES: Json = SUMS_A | {"template": "plain"}  # as the recipes of self-distillation read them
 SUMS_B: Json = {"name": "sums", "settings": {"format": "b"}}
 MIX: Json = {"name": "mix"}
 LISTS: Json = {"name": "lists"}
@@ -89,6 +113,7 @@ BUILDS: dict[str, Build] = {
     "caller": Build("0.58M, calls of the calculator", "new:m", CALLS, **calling(400, "cosine", 3e-3)),
     "caller-weak": Build("0.23M, calls, stopped early", "new:xs", CALLS, **calling(110, "constant", 3e-3)),
     "lists-mid": Build("0.23M, JSON lists, stopped half way", "new:xs", LISTS, **listing(500, "constant", 3e-3)),
+    "reader": Build("0.58M, mid after reading solutions", "mid", SUMS_LINES, **reading(450, 3e-3, 0.15, 0.4, 0.2)),
     "rl": Build("0.58M, mid after GRPO on the verifier of sums", "mid", SUMS_A, **RL),
 }
 
@@ -121,6 +146,8 @@ def content_hash(build: Build) -> str:
     parent = build.start if build.start.startswith("new:") else content_hash(find(build.start))
     modules = ["tokenizer", "tasks", "grammar", "shapes", *OWN.get(build.task["name"], ())]
     code = [(resources.files("opdkit.testbed") / f"{m}.py").read_text() for m in modules]
+    if any("context=" in text for text in build.method.get("rollouts", {}).values()):
+        code.append((resources.files("opdkit") / "contexts.py").read_text())
     parts = [parent, json.dumps(_recipe(build, "", ""), sort_keys=True), *code]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:12]
 
@@ -132,6 +159,7 @@ def _recipe(build: Build, student: str, output: str) -> Json:
         "task": {"kind": "testbed", "eval_size": 200, **build.task},
         "sampling": build.sampling,
         **({"tools": build.tools} if build.tools else {}),
+        **({"teachers": build.teachers} if build.teachers else {}),
         "optim": build.optim,
         "train": {"keep_checkpoints": 1, **build.train},
         "eval": {"kl_prompts": 0, "teacher": False},

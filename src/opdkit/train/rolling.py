@@ -64,7 +64,10 @@ class Rolling:
                 self.judged = without_states(found["policy"])
             found = {name: ahead.attach(name, rollouts) for name, rollouts in found.items()}
         for name, rollouts in found.items():
-            prepared = self._prepared(rollouts, limit, step) if name == "policy" else rollouts
+            if name == "policy":
+                prepared = self._prepared(rollouts, limit, step)
+            else:
+                prepared = setup.shown(setup.method.rollouts[name], rollouts)
             if numbers != list(range(len(numbers))):  # copies cost milliseconds
                 prepared = [replace(r, group=numbers[r.group]) for r in prepared]
             found[name] = prepared

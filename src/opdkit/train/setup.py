@@ -17,14 +17,15 @@ from opdkit.lora import EMA, LIVE, SELF
 from opdkit.losses import PolicyGradient
 from opdkit.method import Method, View
 from opdkit.models import LanguageModel, check_same_vocabulary, checkpoint_activations, load_models
+from opdkit.rewards.verify import verify_rollouts
 from opdkit.rollouts.rollout import Rollout
 from opdkit.rollouts.sampler import Keep, Sampling
 from opdkit.rollouts.sources import from_dataset
 from opdkit.rollouts.tools import ToolUse, equipped, make_tools
 from opdkit.self_teacher import Averages
-from opdkit.sources import Dataset, OnPolicy, Replay, TeacherSamples
+from opdkit.sources import Dataset, OnPolicy, Replay, Source, TeacherSamples, context_of
 from opdkit.support import Full, TopK
-from opdkit.tasks.contexts import check_context, check_told, describe_difference, reread
+from opdkit.tasks.contexts import check_context, check_told, describe_difference, read_by_student, reread
 from opdkit.tasks.difficulty import upsampled
 from opdkit.tasks.load import load_task
 from opdkit.tasks.problem import PROBE, Problem, Task, listed
@@ -34,6 +35,7 @@ from opdkit.train.ahead import Reading, check_ahead, obstacles
 from opdkit.train.keep import to_keep
 from opdkit.train.optimise import updates_per_step
 from opdkit.train.processes import Processes
+from opdkit.views.interpolated import check_interpolated, model_of
 from opdkit.views.route import assign, check_routes
 
 
@@ -81,10 +83,11 @@ class Setup:
     ) -> list[Reading]:
         """Who scores a view: each model, the numbers of its rollouts, and these as it reads them (`told`: see there)."""
         found = []
-        for teacher, at in assign(view.model, rollouts, name).items():
+        for teacher, at in assign(view.routes, rollouts, name).items():
             lm = self.teachers[teacher]
             own = None if told is None else [told[s] for s in at]
-            found.append((lm, at, self.as_read_by(lm, [rollouts[s] for s in at], own)))
+            seen = self.as_read_by(lm, [rollouts[s] for s in at], own)
+            found.append((model_of(view, lm, self.teachers), at, seen))
         return found
 
     @property
@@ -92,6 +95,14 @@ class Setup:
         """The views whose models can read responses while others are sampled (`train.ahead`)."""
         kept = obstacles(self.recipe, self.method, self.student, self.teachers)
         return {name: view for name, view in self.method.views.items() if name not in kept}
+
+    def shown(self, source: Source, rollouts: list[Rollout]) -> list[Rollout]:
+        """A source's rollouts as the student reads them: with its context, and verified where that tells the verdict."""
+        context = context_of(source)
+        if context == "own":
+            return rollouts
+        judged = verify_rollouts(self.task, rollouts) if "rollouts.correct" in context.needs() else rollouts
+        return read_by_student(self.student, context, judged, self.recipe.task, self.material)
 
     @property
     def evaluated(self) -> list[LanguageModel]:
@@ -132,7 +143,8 @@ def set_up(recipe: Recipe) -> Setup:
         raise RecipeError(f"method {method.name} learns from rewards, but task '{task.name}' has no verifier; "
                           "give the data an answer column or set task.verifier")  # fmt: skip
     for name, view in method.views.items():
-        check_routes(view.model, name, task)
+        check_routes(view.routes, name, task)
+        check_interpolated(name, view, recipe.teachers)
     with place.main_process_first():  # the first process builds what the cache lacks
         student, teachers = load_models(recipe, processes.device, derive_seed(recipe.seed, "lora"))
     student.temperature = recipe.sampling.temperature
@@ -163,8 +175,11 @@ def set_up(recipe: Recipe) -> Setup:
         if view.context != "own":
             for lm in (teachers[reader] for reader in view.models):
                 check_told(lm, recipe.teachers[lm.name], view.context, task.train, recipe.task, setup.material, new)
-    if any(isinstance(source, Dataset) for source in method.rollouts.values()):
-        from_dataset(student, task, train[:PROBE], setup.sampling)  # a response that cannot be used fails here
+    for source in method.rollouts.values():
+        if isinstance(source, Dataset):  # a response that cannot be used fails here
+            setup.shown(source, from_dataset(student, task, train[:PROBE], setup.sampling))
+        if (shown := context_of(source)) != "own":
+            check_told(student, recipe.student, shown, task.train, recipe.task, setup.material, new)
     return setup
 
 

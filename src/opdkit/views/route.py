@@ -1,6 +1,6 @@
 """Routing: which teacher of a view scores a rollout, by the rollout's domain, and one set of scores made of all of theirs.
 
-Axes: N trained tokens of the step, n rows, V vocabulary. Left out: mixing several teachers' distributions at one token.
+Axes: N trained tokens of the step, n rows, V vocabulary. Left out: several teachers at one token (`views.interpolated`).
 """
 
 from collections.abc import Mapping, Sequence
