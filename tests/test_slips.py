@@ -1,5 +1,7 @@
 """Malformed calls in the testbed's calculator task: what is drawn, where the errors come from, and bad settings."""
 
+from random import Random
+
 import pytest
 
 from opdkit.config import TaskConfig
@@ -55,16 +57,17 @@ def test_a_seed_always_makes_the_same_slips():
     assert targets[0] == targets[1] != targets[2]
 
 
-class Nth:
+class Nth(Random):
     """Random numbers of which `choice` takes the n-th, and of signs always +."""
 
     def __init__(self, n: int) -> None:
+        super().__init__()
         self.n = n
 
-    def choice(self, given):
-        return "+" if given == "+-*" else given[self.n]
+    def choice(self, seq):
+        return "+" if seq == "+-*" else seq[self.n]
 
-    def randrange(self, stop: int) -> int:
+    def randrange(self, start, stop=None, step=1):
         return 4
 
 
