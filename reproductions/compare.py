@@ -36,6 +36,7 @@ class Run:
 
     evals: list[Record]  # evals.jsonl
     steps: list[Record]  # metrics.jsonl
+    path: Path  # its folder
 
     def accuracy(self, which: int = -1, who: str = "student") -> float:
         """Held-out accuracy of the student (0 = before training, -1 = after), or of a teacher."""
@@ -46,9 +47,9 @@ class Run:
         return statistics.fmean(r[key] for r in self.steps if r["step"] > since and key in r)
 
 
-def seeded(recipe: str, seed: int) -> list[str]:
-    """Overrides that give a run its seed, and models of that seed from the testbed."""
-    plain = load_recipe(recipe)
+def seeded(recipe: str, seed: int, changes: Sequence[str] = ()) -> list[str]:
+    """Overrides that give a run its seed, and models of that seed from the testbed, those that `changes` name included."""
+    plain = load_recipe(recipe, changes)
     paths = {"student": plain.student.path} | {f"teachers.{name}": t.path for name, t in plain.teachers.items()}
     models = [f"{key}.path={path}@{seed}" for key, path in paths.items() if path.startswith("testbed:")]
     return [f"seed={seed}", "log.trackers=[]", *models]
@@ -57,12 +58,13 @@ def seeded(recipe: str, seed: int) -> list[str]:
 def run(arm: Arm, seed: int, folder: str) -> Run:
     """Train an arm with a seed in runs/FOLDER/NAME-SEED, or read the finished run there."""
     output = Path("runs") / folder / f"{arm.name.replace(' ', '_')}-{seed}"
-    recipe: Recipe = load_recipe(arm.recipe, [f"output={output}", *seeded(arm.recipe, seed), *arm.changes])
+    recipe: Recipe = load_recipe(arm.recipe, [f"output={output}", *arm.changes, *seeded(arm.recipe, seed, arm.changes)])
     info = output / "run.json"
     if not (info.exists() and json.loads(info.read_text()).get("finished")):
         train(recipe)
     lines = {name: (output / f"{name}.jsonl").read_text().splitlines() for name in ("evals", "metrics")}
-    return Run(*([json.loads(line) for line in lines[name]] for name in ("evals", "metrics")))
+    evals, steps = ([json.loads(line) for line in lines[name]] for name in ("evals", "metrics"))
+    return Run(evals, steps, output)
 
 
 def run_all(arms: Sequence[Arm], seeds: Sequence[int], folder: str) -> dict[str, list[Run]]:

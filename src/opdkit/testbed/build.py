@@ -79,10 +79,11 @@ def reading(steps: int, lr: float, plain: float, told: float, right: float) -> d
     return supervised(steps, lr=lr) | {"method": method, "teachers": {"teacher": {"path": "student:base"}}}
 
 
-def calling(steps: int, schedule: str, lr: float) -> dict[str, Any]:
+def calling(steps: int, schedule: str, lr: float, *, tokens: int = 64, turns: int | None = None) -> dict[str, Any]:
     """Sections of a supervised build on calls of a tool, whose output is not trained on."""
-    tools = {"environment": "calculator", "settings": {"operations": 1}, "calls": "text"}
-    return supervised(steps, schedule, lr=lr) | {"sampling": {"max_new_tokens": 64}, "tools": tools}
+    tools: Json = {"environment": "calculator", "settings": {"operations": 1}, "calls": "text"}
+    tools |= {} if turns is None else {"turns": turns}
+    return supervised(steps, schedule, lr=lr) | {"sampling": {"max_new_tokens": tokens}, "tools": tools}
 
 
 SUMS_A: Json = {"name": "sums", "settings": {"format": "a"}}
@@ -91,6 +92,7 @@ SUMS_B: Json = {"name": "sums", "settings": {"format": "b"}}
 MIX: Json = {"name": "mix"}
 LISTS: Json = {"name": "lists"}
 CALLS: Json = {"name": "calculator"}
+SLIPS: Json = {"name": "calculator", "settings": {"slips": 0.4}}
 RL: Json = {
     "method": GRPO,
     "train": {"steps": 200, "prompts_per_step": 16},
@@ -98,7 +100,10 @@ RL: Json = {
     "sampling": {"group": 8, "max_new_tokens": 24},
 }
 
-OWN = {"lists": ("lists",), "calculator": ("expressions",)}  # tasks with a module of their own
+CLUMSY = calling(80, "constant", 2e-3, tokens=256, turns=8)
+
+# Modules of one task alone; what `slips` makes of a call is answered by the calculator.
+OWN = {"lists": ("testbed/lists",), "calculator": ("testbed/expressions", "tasks/calculator")}
 
 BUILDS: dict[str, Build] = {
     "student": Build("0.23M parameters, stopped before it can add", "new:xs", SUMS_A, **supervised(350, "constant")),
@@ -112,6 +117,7 @@ BUILDS: dict[str, Build] = {
     "lists-weak": Build("0.23M, JSON lists, stopped early", "new:xs", LISTS, **listing(300, "constant", 3e-3)),
     "caller": Build("0.58M, calls of the calculator", "new:m", CALLS, **calling(400, "cosine", 3e-3)),
     "caller-weak": Build("0.23M, calls, stopped early", "new:xs", CALLS, **calling(110, "constant", 3e-3)),
+    "caller-clumsy": Build("0.23M, caller-weak after malformed calls", "caller-weak", SLIPS, **CLUMSY),
     "lists-mid": Build("0.23M, JSON lists, stopped half way", "new:xs", LISTS, **listing(500, "constant", 3e-3)),
     "reader": Build("0.58M, mid after reading solutions", "mid", SUMS_LINES, **reading(450, 3e-3, 0.15, 0.4, 0.2)),
     "rl": Build("0.58M, mid after GRPO on the verifier of sums", "mid", SUMS_A, **RL),
@@ -144,10 +150,11 @@ def find(name: str) -> Build:
 def content_hash(build: Build) -> str:
     """Twelve hex digits over everything that decides a build's content."""
     parent = build.start if build.start.startswith("new:") else content_hash(find(build.start))
-    modules = ["tokenizer", "tasks", "grammar", "shapes", *OWN.get(build.task["name"], ())]
-    code = [(resources.files("opdkit.testbed") / f"{m}.py").read_text() for m in modules]
+    shared = [f"testbed/{module}" for module in ("tokenizer", "tasks", "grammar", "shapes")]
+    modules = [*shared, *OWN.get(build.task["name"], ())]
     if any("context=" in text for text in build.method.get("rollouts", {}).values()):
-        code.append((resources.files("opdkit") / "contexts.py").read_text())
+        modules.append("contexts")
+    code = [(resources.files("opdkit") / f"{m}.py").read_text() for m in modules]
     parts = [parent, json.dumps(_recipe(build, "", ""), sort_keys=True), *code]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:12]
 
