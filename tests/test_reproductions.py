@@ -63,6 +63,7 @@ def test_a_claim_is_reproduced_where_the_interval_lies_on_its_side():
     assert verdict([1.0, 1.1, 0.9]) == verdict([-1.0, -1.1, -0.9], claimed=-1) == "reproduced"
     assert verdict([-1.0, -1.1, -0.9]) == "the opposite"
     assert verdict([1.0, 2.0, 6.0]) == "not shown: the interval holds 0"
+    assert (verdict([1.0, 2.0, 6.0], 0), verdict([1.0, 1.1, 0.9], 0)) == ("consistent", "not reproduced")
 
 
 def test_differences_are_taken_within_seeds():
@@ -86,7 +87,12 @@ def test_a_finished_run_is_read_and_not_repeated(trained):
     assert [r.accuracy() for r in found["an arm"]] == [0.6, 0.5]
     one = found["an arm"][0]
     assert (one.accuracy(0), one.accuracy(0, "teacher"), one.at(3), one.at(0)) == (0.25, 0.75, 0.6, 0.25)
-    assert (one.total("tokens"), one.mean("tokens", since=1), one.mean("drift")) == (90, 40, 0.5)
+    assert (one.total("tokens"), one.mean("tokens", since=1), one.mean("tokens", until=2), one.mean("drift")) == (
+        90,
+        40,
+        15,
+        0.5,
+    )
 
 
 def test_a_run_that_was_cut_off_goes_on(trained):
