@@ -10,20 +10,8 @@ The recipe cpu/listopd with two teachers, several lam and seeds; each seed build
 import argparse
 from collections.abc import Sequence
 
-from compare import (
-    Arm,
-    Run,
-    arguments,
-    claims,
-    differences,
-    each,
-    opening,
-    run_all,
-    table,
-    verdict,
-    with_interval,
-    write,
-)
+import compare
+from compare import Arm, Run, with_interval
 
 from opdkit.diagnostics.structure import Cliff, measure, summarise
 from opdkit.train.setup import set_up
@@ -53,10 +41,14 @@ def rows(
         (min(lams), "a little above 1 more lists parse", 1),
         (max(lams), "far above 1 they break", -1),
     ):
-        apart = differences(runs, name_of(lam), PLAIN, Run.accuracy)
-        star = f"lambda* at p_typ {each([c.typ.star for c in cliffs], '.2f')}"
+        apart = compare.differences(runs, name_of(lam), PLAIN, Run.accuracy)
+        star = f"lambda* at p_typ {compare.each([c.typ.star for c in cliffs], '.2f')}"
         found.append(
-            (f"`{teacher}`, lam {lam:g}: {claim}", f"{with_interval(apart, '.3f', '+')} ({star})", verdict(apart, way))
+            (
+                f"`{teacher}`, lam {lam:g}: {claim}",
+                f"{with_interval(apart, '.3f', '+')} ({star})",
+                compare.verdict(apart, way),
+            )
         )
     return found
 
@@ -64,16 +56,18 @@ def rows(
 def section(teacher: str, cliffs: Sequence[Cliff], runs: dict[str, list[Run]]) -> list[str]:
     """Markdown of one teacher: what was measured before training, and what came out."""
     first = runs[PLAIN]
-    flips = (f"{name} {each([c.flipped(float(name.removeprefix('lam '))) for c in cliffs], '.3f')}" for name in runs)
+    flips = (
+        f"{name} {compare.each([c.flipped(float(name.removeprefix('lam '))) for c in cliffs], '.3f')}" for name in runs
+    )
     return [
         f"## Teacher `testbed:{teacher}`", "",
-        f"Before: student {each([r.accuracy(0) for r in first], '.3f')}; teacher "
-        f"{each([r.accuracy(0, 'teacher') for r in first], '.3f')}.", "",
-        f"Measured before training: lambda* at p_typ {each([c.typ.star for c in cliffs], '.3f')}, at p_safe "
-        f"{each([c.safe.star for c in cliffs], '.3f')}; the reference is surer than the teacher at "
-        f"{each([c.surer / c.structural for c in cliffs], '.1%')} of the structural positions; recommended lam "
-        f"{each([c.recommended for c in cliffs], 'g')}. Responses with a position that flips: {'; '.join(flips)}.", "",
-        *table(runs, {"parse after": Run.accuracy}, ".3f", against=PLAIN), "",
+        f"Before: student {compare.each([r.accuracy(0) for r in first], '.3f')}; teacher "
+        f"{compare.each([r.accuracy(0, 'teacher') for r in first], '.3f')}.", "",
+        f"Measured before training: lambda* at p_typ {compare.each([c.typ.star for c in cliffs], '.3f')}, at p_safe "
+        f"{compare.each([c.safe.star for c in cliffs], '.3f')}; the reference is surer than the teacher at "
+        f"{compare.each([c.surer / c.structural for c in cliffs], '.1%')} of the structural positions; recommended lam "
+        f"{compare.each([c.recommended for c in cliffs], 'g')}. Responses with a position that flips: {'; '.join(flips)}.", "",
+        *compare.table(runs, {"parse after": Run.accuracy}, ".3f", against=PLAIN), "",
     ]  # fmt: skip
 
 
@@ -83,7 +77,7 @@ def name_of(lam: float) -> str:
 
 def report(given: argparse.Namespace) -> str:
     arms = [arm(teacher, lam, given) for teacher in given.teachers for lam in (1.0, *given.lams)]
-    found = run_all(arms, range(given.seeds), "cliff_lists", given.minutes)
+    found = compare.run_all(arms, range(given.seeds), "cliff_lists", given.minutes)
     parts, claimed = [], []
     for teacher in given.teachers:
         runs = {name_of(lam): found[arm(teacher, lam, given).name] for lam in (1.0, *given.lams)}
@@ -93,9 +87,9 @@ def report(given: argparse.Namespace) -> str:
     problems = found[arms[0].name][0].evals[0]["problems"]
     setting = (f"`cpu/listopd`, {given.steps} steps of {given.prompts} lists, {problems} held-out prompts, greedy (standard "
                f"error of one number over prompts at most {(0.25 / problems) ** 0.5:.3f}); {given.seeds} seeds.")  # fmt: skip
-    return write("cliff_lists", [
-        *opening("Parse validity of trained lists", "cliff_lists", setting),
-        *claims(claimed), "",
+    return compare.write("cliff_lists", [
+        *compare.opening("Parse validity of trained lists", "cliff_lists", setting),
+        *compare.claims(claimed), "",
         "The recommended lam is no test of the rule behind it: its tolerance (a flip in 5 % of the responses) was 5 %, then "
         "20 %, and was set back to 5 % after runs with seed 0 were seen.", "",
         *parts,
@@ -103,7 +97,7 @@ def report(given: argparse.Namespace) -> str:
 
 
 if __name__ == "__main__":
-    parser = arguments(__doc__)
+    parser = compare.arguments(__doc__)
     parser.add_argument("--lams", type=float, nargs="+", default=[1.15, 1.5], help="besides 1")
     parser.add_argument("--teachers", nargs="+", default=["lists", "lists-mid"])
     parser.add_argument("--steps", type=int, default=100)

@@ -10,20 +10,8 @@ Left out: statements 1 to 3, about the geometry of updates of distillation and o
 
 from collections.abc import Callable
 
-from compare import (
-    Arm,
-    Run,
-    arguments,
-    claims,
-    differences,
-    each,
-    opening,
-    run_all,
-    table,
-    verdict,
-    with_interval,
-    write,
-)
+import compare
+from compare import Arm, Run, with_interval
 
 RECIPE, AT, WITHIN, SHARE = "cpu/effopd", (8, 16, 32, 64), 0.02, 0.6
 PLAIN = Arm("plain", RECIPE, ("method.tries=0",))
@@ -69,8 +57,8 @@ def accelerated(found: dict[str, list[Run]], arm: str) -> tuple[str, str, str]:
     earlier = sum(a < b for a, b in zip(steps, plain, strict=True))
     return (
         f"4. Plain accuracy after {last} steps, less 2 points, in {SHARE:.0%} of the steps: {arm}",
-        f"after {each(steps, 'g')} steps (plain distillation itself: {each(plain, 'g')}); in time in {holds} of {len(steps)} "
-        f"seeds, earlier than plain in {earlier}",
+        f"after {compare.each(steps, 'g')} steps (plain distillation itself: {compare.each(plain, 'g')}); in time in {holds} "
+        f"of {len(steps)} seeds, earlier than plain in {earlier}",
         "reproduced" if holds == earlier == len(steps) else "not reproduced",
     )
 
@@ -78,12 +66,16 @@ def accelerated(found: dict[str, list[Run]], arm: str) -> tuple[str, str, str]:
 def compared(
     found: dict[str, list[Run]], arm: str, against: str, step: int, claim: str, way: int
 ) -> tuple[str, str, str]:
-    apart = differences(found, arm, against, percent_after(step))
-    return claim, f"{arm} less {against}, {step} steps: {with_interval(apart, sign='+')} points", verdict(apart, way)
+    apart = compare.differences(found, arm, against, percent_after(step))
+    return (
+        claim,
+        f"{arm} less {against}, {step} steps: {with_interval(apart, sign='+')} points",
+        compare.verdict(apart, way),
+    )
 
 
 def report(seeds: int, minutes: float | None) -> str:
-    found = run_all([PLAIN, *JUMPS, FASTER], range(seeds), "effopd", minutes)
+    found = compare.run_all([PLAIN, *JUMPS, FASTER], range(seeds), "effopd", minutes)
     accepting = [arm.name for arm in JUMPS[:2]]
     rows = [accelerated(found, name) for name in accepting]
     rows += [compared(found, name, PLAIN.name, step, f"EffOPD is ahead after {step} steps", 1)
@@ -96,15 +88,15 @@ def report(seeds: int, minutes: float | None) -> str:
     jumping = {arm.name: found[arm.name] for arm in JUMPS}
     setting = (f"`cpu/effopd`: sums, student and teacher of 0.58M parameters, lr 2e-5, 64 steps of 64 responses, {problems} "
                f"held-out problems every 8 steps; {seeds} seeds.")  # fmt: skip
-    return write("effopd", [
-        *opening("EffOPD: fewer steps by jumping ahead", "effopd", setting),
-        *claims(rows), "",
+    return compare.write("effopd", [
+        *compare.opening("EffOPD: fewer steps by jumping ahead", "effopd", setting),
+        *compare.claims(rows), "",
         "## Accuracy by steps, %", "",
-        *table(found, {f"{step} steps": percent_after(step) for step in AT}), "",
-        "## What the jumps cost", "", *table(jumping, COSTS),
+        *compare.table(found, {f"{step} steps": percent_after(step) for step in AT}), "",
+        "## What the jumps cost", "", *compare.table(jumping, COSTS),
     ])  # fmt: skip
 
 
 if __name__ == "__main__":
-    given = arguments(__doc__).parse_args()
+    given = compare.arguments(__doc__).parse_args()
     print(report(given.seeds, given.minutes))

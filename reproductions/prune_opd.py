@@ -12,20 +12,8 @@ Left out: the paper's other event (the accepted token), and weights in a random 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 
-from compare import (
-    Arm,
-    Run,
-    arguments,
-    claims,
-    differences,
-    interval,
-    opening,
-    run_all,
-    table,
-    verdict,
-    with_interval,
-    write,
-)
+import compare
+from compare import Arm, Run, with_interval
 
 RECIPE, FULL, CUT = "cpu/prune", 80, 24
 PLAIN = "method={name: topk_opd, k: 16}"
@@ -71,8 +59,8 @@ def saved(found: dict[str, list[Run]], arm: str, against: str) -> list[float]:
 
 
 def accuracy(found: dict[str, list[Run]], claim: str, arm: str, against: str, way: int) -> tuple[str, str, str]:
-    apart = differences(found, arm, against, COLUMNS["accuracy, %"])
-    return claim, f"{arm} less {against}: {with_interval(apart, sign='+')} points", verdict(apart, way)
+    apart = compare.differences(found, arm, against, COLUMNS["accuracy, %"])
+    return claim, f"{arm} less {against}: {with_interval(apart, sign='+')} points", compare.verdict(apart, way)
 
 
 def yes(holds: bool) -> str:
@@ -94,10 +82,11 @@ def compatible(found: dict[str, list[Run]]) -> Rows:
     return [
         ("1. Kin: the limit only grows, to its maximum", f"it ends at {', '.join(f'{g[-1]:g}' for g in grown)}", yes(grows)),
         ("1. Kin: within 10 % of plain distillation's tokens", f"{with_interval(spared)} % saved",
-         yes(sum(interval(spared)) < 10)),
+         yes(sum(compare.interval(spared)) < 10)),
         accuracy(found, "1. Kin: at equal accuracy", "kin, pruned", "kin, plain", 0),
-        ("5. Kin: fewer events as it learns", f"{with_interval(fewer, sign='+')} points", verdict(fewer, -1)),
-        ("5. Kin: the effective length grows with the limit", f"{with_interval(longer, sign='+')} tokens", verdict(longer)),
+        ("5. Kin: fewer events as it learns", f"{with_interval(fewer, sign='+')} points", compare.verdict(fewer, -1)),
+        ("5. Kin: the effective length grows with the limit", f"{with_interval(longer, sign='+')} tokens",
+         compare.verdict(longer)),
     ]  # fmt: skip
 
 
@@ -109,7 +98,7 @@ def incompatible(found: dict[str, list[Run]]) -> Rows:
         ("2. Stranger: the limit stays near its minimum of 16", f"it ends at {', '.join(f'{e:g}' for e in ends)}",
          yes(max(ends) <= CUT)),
         ("2. Stranger: a third of the tokens or more are saved", f"{with_interval(spared)} % saved",
-         verdict([s - 100 / 3 for s in spared])),
+         compare.verdict([s - 100 / 3 for s in spared])),
         accuracy(found, "2. Stranger: within noise of plain distillation", "stranger, pruned", "stranger, plain", 0),
     ]  # fmt: skip
 
@@ -141,29 +130,30 @@ def controls(found: dict[str, list[Run]]) -> Rows:
 
 def report(seeds: int, minutes: float | None) -> str:
     teachers = arms(seeds)
-    found = run_all([arm for own in teachers.values() for arm in own], range(seeds), "prune_opd", minutes)
+    found = compare.run_all([arm for own in teachers.values() for arm in own], range(seeds), "prune_opd", minutes)
     first = found["kin, plain"][0]
     sections = []
     for teacher, own in teachers.items():
         runs = {arm.name: found[arm.name] for arm in own}
+        pruned = {name: own_runs for name, own_runs in runs.items() if "plain" not in name}
         good = with_interval([100 * run.accuracy(0, "teacher") for run in runs[own[0].name]], ".0f")
         sections += [f"## {teacher.capitalize()}", "", f"Accuracy of the teacher: {good} %.", "",
-                     *table(runs, COLUMNS, FORMS, against=own[0].name), "",
-                     *table({name: r for name, r in runs.items() if "plain" not in name}, CONTROL, ".0f"), ""]  # fmt: skip
+                     *compare.table(runs, COLUMNS, FORMS, against=own[0].name), "",
+                     *compare.table(pruned, CONTROL, ".0f"), ""]  # fmt: skip
     start = with_interval([100 * run.accuracy(0) for run in found["kin, plain"]], ".0f")
     setting = (
-        f"`cpu/prune`: JSON lists of up to {FULL} tokens, {first.steps[-1]['step']} steps of 16 responses, k 16, gamma 0.7; ten "
-        f"events use a rollout up; {first.evals[0]['problems']} held-out problems; {seeds} seeds. Kin is a teacher that was "
+        f"`cpu/prune`: JSON lists of up to {FULL} tokens, {first.steps[-1]['step']} steps of 16 responses, k 16, gamma 0.7; "
+        f"ten events use a rollout up; {first.evals[0]['problems']} held-out problems; {seeds} seeds. Kin is a teacher that was "
         "trained longer from the student's own initialisation and data order; a stranger was trained in the same way from "
         f"another seed. The student starts at {start} %."
     )
-    return write("prune_opd", [
-        *opening("Prune-OPD: prefix drift and response limits", "prune_opd", setting),
-        *claims([*compatible(found), *incompatible(found), *controls(found)]), "",
+    return compare.write("prune_opd", [
+        *compare.opening("Prune-OPD: prefix drift and response limits", "prune_opd", setting),
+        *compare.claims([*compatible(found), *incompatible(found), *controls(found)]), "",
         *sections,
     ][:-1])  # fmt: skip
 
 
 if __name__ == "__main__":
-    given = arguments(__doc__).parse_args()
+    given = compare.arguments(__doc__).parse_args()
     print(report(given.seeds, given.minutes))

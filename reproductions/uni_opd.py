@@ -12,8 +12,9 @@ Left out: prompts by difficulty (claim 5), and margins so large that only the ou
 from collections.abc import Sequence
 from dataclasses import replace
 
+import compare
 import torch
-from compare import Arm, Run, arguments, claims, differences, opening, run_all, table, verdict, with_interval, write
+from compare import Arm, Run, with_interval
 
 from opdkit.margins import margin, margin_shift, returns, sides
 from opdkit.signals import log_ratio
@@ -106,14 +107,14 @@ def before_training(seeds: int) -> tuple[list[str], list[tuple[str, str, str]]]:
     below = max(o["below"] for o in calibrated)
     rows = [
         ("1. Many mixed prompts are inverted, more with more responses",
-         f"{SIZES[-1]} less {SIZES[0]} responses: {with_interval(grows, sign='+')} points", verdict(grows)),
+         f"{SIZES[-1]} less {SIZES[0]} responses: {with_interval(grows, sign='+')} points", compare.verdict(grows)),
         ("1. Returns of correct and incorrect responses overlap strongly",
          f"{with_interval([o['in order, all'] for o in largest])} % of the pairs in order; 50 % would be no relation",
          "see there"),
         (f"2. After the shift no mean margin is below {DELTA:g}", f"at most {below:.1f} % of the mixed prompts",
          "not reproduced" if below else "reproduced"),
         ("2. The order of returns follows the outcome better then",
-         f"pairs in order: {with_interval(rises, sign='+')} points", verdict(rises)),
+         f"pairs in order: {with_interval(rises, sign='+')} points", compare.verdict(rises)),
     ]  # fmt: skip
     return lines, rows
 
@@ -133,8 +134,9 @@ def training_claims(found: dict[str, list[Run]]) -> list[tuple[str, str, str]]:
     ]
     rows = []
     for claim, arm, against, sign in asked:
-        apart = differences(found, arm, against, COLUMNS["accuracy, %"])
-        rows.append((claim, f"{arm} less {against}: {with_interval(apart, sign='+')} points", verdict(apart, sign)))
+        apart = compare.differences(found, arm, against, COLUMNS["accuracy, %"])
+        found_here = f"{arm} less {against}: {with_interval(apart, sign='+')} points"
+        rows.append((claim, found_here, compare.verdict(apart, sign)))
     return rows
 
 
@@ -157,15 +159,17 @@ def own(run: Run, who: str) -> dict[str, float]:
 
 def report(seeds: int, steps: int, minutes: float | None) -> str:
     arms = [replace(arm, changes=(*arm.changes, f"train.steps={steps}")) for arm in (*ARMS, *ERRING)]
-    found = run_all(arms, range(seeds), "uni_opd", minutes)
+    found = compare.run_all(arms, range(seeds), "uni_opd", minutes)
     lines, rows = before_training(seeds)
     dropped = [r.mean("count/dropped_rollouts") for r in found["Uni-OPD"]]
     erring = {arm.name: found[arm.name] for arm in ERRING}
     problems = found["plain"][0].evals[0]["problems"]
-    return write("uni_opd", [
-        *opening("Uni-OPD: outcomes and token rewards", "uni_opd", "`cpu/uni_opd`: sums (three quarters of the problems) and "
-                 f"reversed words, a teacher for each; {seeds} seeds."),
-        *claims([*rows, *training_claims(found),
+    setting = (
+        f"`cpu/uni_opd`: sums (three quarters of the problems) and reversed words, a teacher for each; {seeds} seeds."
+    )
+    return compare.write("uni_opd", [
+        *compare.opening("Uni-OPD: outcomes and token rewards", "uni_opd", setting),
+        *compare.claims([*rows, *training_claims(found),
                  ("3. A large margin comes to outcome-only learning; 5. prompts by difficulty", "", "not tested")]), "",
         "## Before training", "",
         "G of a response is the mean of log q - log p over its tokens. A prompt with correct and incorrect responses is "
@@ -175,14 +179,14 @@ def report(seeds: int, steps: int, minutes: float | None) -> str:
         f"{steps} steps of 16 prompts with 8 responses; {problems} held-out problems, one sample each. Inverted: tokens of "
         f"inverted prompts in the last 50 steps. Balancing leaves out {with_interval(dropped)} of a step's 128 responses.", "",
          *teachers(found), "",
-        *table({arm.name: found[arm.name] for arm in ARMS}, COLUMNS, FORMS, against="plain"), "",
+        *compare.table({arm.name: found[arm.name] for arm in ARMS}, COLUMNS, FORMS, against="plain"), "",
         "One teacher for both domains, which errs on sums:", "",
-        *table(erring, COLUMNS, FORMS, against=ERRING[0].name),
+        *compare.table(erring, COLUMNS, FORMS, against=ERRING[0].name),
     ])  # fmt: skip
 
 
 if __name__ == "__main__":
-    parser = arguments(__doc__)
+    parser = compare.arguments(__doc__)
     parser.add_argument("--steps", type=int, default=120)
     given = parser.parse_args()
     print(report(given.seeds, given.steps, given.minutes))
