@@ -21,7 +21,7 @@ PLAIN = "lam 1"
 
 def arm(teacher: str, lam: float, given: argparse.Namespace) -> Arm:
     return Arm(f"{teacher} {lam:g}", "cpu/listopd", (
-        f"method.lam={lam:g}", f"teachers.teacher.path=testbed:{teacher}", "eval.every=0",
+        f"method.lam={lam:g}", f"teachers.teacher.path=testbed:{teacher}", "eval.every=0", f"eval.teacher={lam == 1}",
         f"train.steps={given.steps}", f"train.prompts_per_step={given.prompts}",
     ))  # fmt: skip
 
@@ -100,6 +100,6 @@ if __name__ == "__main__":
     parser = compare.arguments(__doc__)
     parser.add_argument("--lams", type=float, nargs="+", default=[1.15, 1.5], help="besides 1")
     parser.add_argument("--teachers", nargs="+", default=["lists", "lists-mid"])
-    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--steps", type=int, default=80)
     parser.add_argument("--prompts", type=int, default=32, help="lists a step")
     print(report(parser.parse_args()))

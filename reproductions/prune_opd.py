@@ -143,8 +143,8 @@ def report(seeds: int, minutes: float | None) -> str:
     start = with_interval([100 * run.accuracy(0) for run in found["kin, plain"]], ".0f")
     setting = (
         f"`cpu/prune`: JSON lists of up to {FULL} tokens, {first.steps[-1]['step']} steps of 16 responses, k 16, gamma 0.7; "
-        f"ten events use a rollout up; {first.evals[0]['problems']} held-out problems; {seeds} seeds. Kin is a teacher that was "
-        "trained longer from the student's own initialisation and data order; a stranger was trained in the same way from "
+        f"ten events use a rollout up; {first.evals[0]['problems']} held-out problems; {seeds} seeds. Kin is a teacher that "
+        "was trained longer from the student's own initialisation and data order; a stranger was trained in the same way from "
         f"another seed. The student starts at {start} %."
     )
     return compare.write("prune_opd", [
