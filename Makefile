@@ -52,8 +52,11 @@ browser:
 	@command -v chromium >/dev/null || command -v chromium-browser >/dev/null || command -v google-chrome >/dev/null \
 		|| sh scripts/install-chromium.sh
 
+# Each script runs three seeds and writes its page; finished runs are read, so a stopped one goes on. About an hour and a half
+# on one core, with the models that it builds; one of them alone: make reproduce REPRODUCTIONS=effopd
+REPRODUCTIONS := demo_seeds cliff cliff_lists uni_opd prune_opd effopd
 reproduce: $(VENV)/.installed
-	$(BIN)/python reproductions/demo_seeds.py
+	@for name in $(REPRODUCTIONS); do $(BIN)/python reproductions/$$name.py || exit 1; done
 
 smollm2: $(VENV)/.installed
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[smollm2]'
