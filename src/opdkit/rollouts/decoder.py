@@ -64,10 +64,13 @@ class Decoder:
         self, prompts: Sequence[Sequence[int]], lengths: Int[Tensor, " P"], owner: Int[Tensor, " R"], body: Body
     ) -> None:
         """Read the prompts with the layers written out: the last one at their last tokens only."""
-        rows, found = Padded.of(prompts, [[len(p) - 1] for p in prompts], self.lm.device), []
+        rows = Padded.of(prompts, [[len(p) - 1] for p in prompts], self.lm.device)
+        found: list[tuple[Tensor, Tensor]] = []
         self.hidden = states(self.lm, rows, found)[owner]
         padding = (torch.arange(self.seen) >= lengths[:, None]).to(self.lm.device)
-        grids = [tuple(t.unflatten(0, rows.shape).transpose(1, 2) for t in both) for both in found]
+        grids = [
+            (k.unflatten(0, rows.shape).transpose(1, 2), v.unflatten(0, rows.shape).transpose(1, 2)) for k, v in found
+        ]
         self._decode_from(grids, padding if bool(padding.any()) else None, lengths, owner, body)
 
     def _decode_from(

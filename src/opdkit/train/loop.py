@@ -159,7 +159,7 @@ def make_step(setup: Setup, source: str, rollouts: list[Rollout], step: int, sta
             flat = replace(flat, views=views)
         for name, view in setup.method.views.items():
             told, parts, bad = setup.told(view, rollouts), [], r.train.bad_scores
-            for lm, at, seen in setup.readings(name, view, rollouts, told):
+            for lm, at, seen in setup.readers(name, view, rollouts, told):
                 scores = score(lm, seen, flat, view.support, budget=budget, top_k=k, at=at, bad=bad, view=name)
                 parts.append((flat_index(flat, at), scores))
             views[name] = merge(parts)

@@ -75,7 +75,7 @@ class Rolling:
         return found
 
     def _read(self, name: str, view: View, rollouts: list[Rollout]) -> list[Reading]:
-        return self.setup.readings(name, view, rollouts, self.setup.told(view, rollouts))
+        return self.setup.readers(name, view, rollouts, self.setup.told(view, rollouts))
 
     def _prepared(self, rollouts: list[Rollout], limit: int, step: int) -> list[Rollout]:
         """What the method's prepare steps make of the judged rollouts."""

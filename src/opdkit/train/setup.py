@@ -78,7 +78,7 @@ class Setup:
         """The problems as a view's context rewrites them; None for a view that reads the rollouts' own prompts."""
         return None if view.context == "own" else view.context.rewrite(rollouts, self.material)
 
-    def readings(
+    def readers(
         self, name: str, view: View, rollouts: list[Rollout], told: list[Problem | None] | None
     ) -> list[Reading]:
         """Who scores a view: each model, the numbers of its rollouts, and these as it reads them (`told`: see there)."""
