@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 from test_loop import changed, metrics, run, same, weights
@@ -13,6 +14,7 @@ from opdkit.difficulty_command import difficulty
 from opdkit.errors import DataError, RecipeError, RunError
 from opdkit.tasks.difficulty import read_difficulty, repeats, upsampled
 from opdkit.tasks.problem import Problem
+from opdkit.train.setup import set_up
 
 PROBLEMS = [Problem(str(i), f"{i}=") for i in range(20)]
 # bucket 0: 6 prompts, 1: 2, 2: 5, 3: 1, 4: 4 (of 4 samples); problems 18 and 19 were not measured
@@ -82,6 +84,13 @@ def measured(recipe_data, tmp_path, name: str = "d.jsonl", **more) -> list[dict]
     return [json.loads(line) for line in (tmp_path / name).read_text().splitlines()]
 
 
+def with_a_problem_twice(recipe):
+    """As a task of the user's own may give them: rows of files get ids of their own."""
+    setup = set_up(recipe)
+    setup.train = replace(setup.train, problems=[*setup.train.problems, setup.train.problems[0]])
+    return setup
+
+
 def test_measuring(recipe_data, tmp_path, monkeypatch):
     rows = measured(recipe_data, tmp_path, samples=8)
     assert len(rows) == 28 and all(row["samples"] == 8 and 0 <= row["correct"] <= 8 for row in rows)
@@ -92,11 +101,10 @@ def test_measuring(recipe_data, tmp_path, monkeypatch):
         measured(recipe_data, tmp_path)
     with pytest.raises(RecipeError, match="lies in a folder that does not exist"):
         measured(recipe_data, tmp_path, "nowhere/d.jsonl")
-    rows = [{"id": f"{i % 20}", "prompt": "p", "answer": "1"} for i in range(40)]
-    (tmp_path / "twice.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    with monkeypatch.context() as patch, pytest.raises(DataError, match="problem ids occur more than once"):
+    with monkeypatch.context() as patch, pytest.raises(DataError, match="1 problem ids occur more than once"):
+        patch.setattr("opdkit.difficulty_command.set_up", with_a_problem_twice)
         patch.setattr("opdkit.difficulty_command.on_policy", lambda *a, **k: pytest.fail("sampled before the check"))
-        measured(changed(recipe_data, task__path=str(tmp_path / "twice.jsonl")), tmp_path, "y.jsonl", samples=2)
+        measured(recipe_data, tmp_path, "y.jsonl", samples=2)
     with pytest.raises(RecipeError, match="no verifier"):
         difficulty(parse_recipe(changed(recipe_data, task__verifier="none")), str(tmp_path / "x.jsonl"))
     with pytest.raises(RecipeError, match="2 or more"):
@@ -131,8 +139,6 @@ def test_a_run_with_it_repeats_prompts_and_resumes_exactly(recipe_data, tmp_path
     rows = [{"id": name, "correct": c, "samples": 4} for name, c in buckets.items()]
     (tmp_path / "made.jsonl").write_text("\n".join(map(json.dumps, rows)))
     data = changed(recipe_data, task__upsample=str(tmp_path / "made.jsonl"), train__steps=4, eval__kl_prompts=0)
-    from opdkit.train.setup import set_up
-
     pool = set_up(parse_recipe(data)).pool
     assert len(pool) == 15 + 15 + 15 and Counter(pool)[27] == 15
     whole = run(data, output=str(tmp_path / "whole"))

@@ -151,6 +151,23 @@ def test_a_verifier_that_raises_stops_or_counts_as_incorrect():
     assert [(r.reward, r.correct, r.unjudged) for r in judged("incorrect")] == [(1.0, True, False), (0.0, False, True)]
 
 
+@pytest.mark.parametrize(("given", "said"), [
+    (Verdict(float("nan"), True), "ValueError: its reward is nan, expected a finite number"),
+    (Verdict(float("inf"), True), "its reward is inf"), (1.0, "TypeError: it returned a float, expected a Verdict"),
+    (None, "it returned a NoneType"),
+])  # fmt: skip
+def test_a_verdict_from_which_nothing_can_be_learnt_is_a_verifiers_error(given, said):
+    for errors in ("stop", "incorrect"):
+        config = TaskConfig(kind="file", path="x", verifier_errors=errors)
+        task = Task("t", (), (), lambda problem, text: given, config=config)
+        rollouts = [Rollout(Problem("p", "?"), (1,), (1,), "", 0, "stop")]
+        if errors == "stop":
+            with pytest.raises(DataError, match=f"failed on problem p: .*{said}"):
+                verify_rollouts(task, rollouts)
+        else:
+            assert [(r.reward, r.correct, r.unjudged) for r in verify_rollouts(task, rollouts)] == [(0.0, False, True)]
+
+
 def test_the_engines_own_errors_stop_in_any_case():
     def wrong(problem: Problem, text: str) -> Verdict:
         raise DataError("the answer of the problem cannot be read")

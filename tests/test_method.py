@@ -244,6 +244,9 @@ def test_foreign_parts_are_not_serialised_and_not_loaded():
         def needs(self):
             return ()
 
+        def check(self, shortest):
+            pass
+
         def __call__(self, rollouts, batch):
             return rollouts
 

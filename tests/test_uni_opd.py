@@ -1,6 +1,7 @@
 """Uni-OPD: distillation returns, margins (shift, mask), online balancing, and the method, by the identities of its card."""
 
 import json
+from dataclasses import replace
 from math import inf
 
 import pytest
@@ -291,6 +292,22 @@ def test_masked_responses_and_tokens_out_of_range_have_no_gradient():
     far = gradient_on(build_method("uni_opd", {"log_ratio_limit": 0.5, "margin": "none"}), P, Q, "+-+-", **LONG)
     gap = (Q.log_softmax(-1) - P.log_softmax(-1)).gather(1, torch.tensor(LONG["tokens"])[:, None]).squeeze(1)
     assert torch.equal(far.abs().max(-1).values == 0, gap.abs() >= 0.5) and (gap.abs() >= 0.5).any()
+
+
+@pytest.mark.parametrize("margin", ["shift", "mask"])
+def test_tokens_without_a_teachers_number_have_no_gradient_though_their_response_is_shifted(margin):
+    """In the released code such tokens get the shift, and only a later mask of the loss takes it away again."""
+    method = build_method("uni_opd", {"margin": margin, "least_margin": 5.0})
+    layout = Layout(torch.tensor(LONG["seq"]), torch.tensor(LONG["seq"]), torch.tensor(LONG["group"]))
+    right = torch.tensor([True, False, True, False])
+    step = make_step(method, P, Q, torch.tensor(LONG["tokens"]), layout=layout, reward=right.double(), correct=right)
+    bad = torch.tensor([False, True, False, False, False, True, False])
+    step = replace(step, views={**step.views, "teacher": replace(step.views["teacher"], bad=bad)})
+    rows = logit_gradient(method, P, step)[1].abs().max(-1).values
+    assert not rows[bad].any() and (rows[~bad] > 0).all()
+    if margin == "shift":
+        shift = method.terms[0].signal(step) - R(step)
+        assert (shift.abs() > 0.1).all()  # the response's constant is there on every token
 
 
 def test_its_expected_gradient_at_a_prefix_is_that_of_the_reverse_kl():

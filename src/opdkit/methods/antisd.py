@@ -45,9 +45,7 @@ def antisd(
     if lam <= 0:
         raise ValueError(f"lam = {lam} must be positive; without the bonus take grpo")
     if (form != "antisd" and mix != 0.5) or (not gate and (warmup, close) != (5, 0.93)):
-        raise ValueError(
-            "mix has no effect with another form than antisd, nor warmup and close without gate; remove them"
-        )
+        raise ValueError("mix has no effect on other forms than antisd, nor warmup and close without gate; remove them")
     texts = (Sibling(),) * siblings + (() if solution is None else (Solution(solution),))
     context = Shown(texts, assess=True, style="attempt", instruction=instruction, max_tokens=max_tokens)
     bonus = {"antisd": phi(of=log_ratio(), mix=mix), "reverse_kl": log_ratio(), "sd": scale(-1.0, log_ratio())}[form]

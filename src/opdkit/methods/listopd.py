@@ -13,7 +13,6 @@ Left out: the sweep of lam at the real budget, and its control without a referen
 """
 
 import json
-from math import isfinite
 from pathlib import Path
 from typing import Literal
 
@@ -52,10 +51,8 @@ def listopd(
 def _recommended(path: str) -> float:
     """lam in a file that `opd cliff --json` wrote. Raises ValueError for any other file."""
     try:
-        found = float(json.loads(Path(path).read_text())["recommended"])
-        if not isfinite(found):
-            raise ValueError(f"recommended = {found}")
-        return found
+        text = Path(path).read_text()
+        return float(json.loads(text, parse_constant=int)["recommended"])  # int refuses NaN and Infinity
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"cliff = {path!r} holds no recommendation ({error}); write it with "
                           "opd cliff RECIPE --json > FILE, or give lam") from error  # fmt: skip

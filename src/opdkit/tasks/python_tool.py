@@ -29,12 +29,12 @@ class PythonTool:
     Raises RecipeError for a wrong setting, OpdkitError on a machine that cannot shield itself from the code.
     """
 
-    def __init__(self, *, limits: Mapping[str, Any] | None = None, persistent: Any = False, packages: Any = False,
+    def __init__(self, *, limits: Any = None, persistent: Any = False, packages: Any = False,
                  allow_weaker: Any = False) -> None:  # fmt: skip
         for name, value in (("persistent", persistent), ("packages", packages), ("allow_weaker", allow_weaker)):
             if not isinstance(value, bool):  # "no" in quotes would count as true
                 raise RecipeError(f"the Python tool has {name} = {value!r}, expected true or false")
-        self._limits = _read_limits(limits or {})
+        self._limits = _read_limits({} if limits is None else limits)
         self._persistent, self._packages, self._allow_weaker = persistent, packages, allow_weaker
         self.tools: tuple[Message, ...] = (_schema(self._limits, persistent, packages),)
         report = self._sandbox().protections()  # a machine that cannot do it says so now, not to the model
@@ -71,7 +71,7 @@ class PythonSession:
         self._sandbox.close()
 
 
-def _read_limits(given: Mapping[str, Any]) -> Limits:
+def _read_limits(given: Any) -> Limits:
     known = [field.name for field in fields(Limits)]
     if not isinstance(given, Mapping):
         raise RecipeError(
