@@ -212,7 +212,7 @@ def report(seeds: Sequence[int], places: Sequence[str]) -> list[str]:
     found: dict[str, dict[str, Sequence[Run]]] = {k: dict(run_all(SETTINGS[k], seeds, k)) for k in places}
     clumsy = found["sod-clumsy"]
     lines = [
-        HEAD, "", "## Claims", "", *claims(found), "",
+        HEAD, "", f"Seeds: {', '.join(map(str, seeds))}.", "", "## Claims", "", *claims(found), "",
         *setting("Calls that fail", "`cpu/sod` as it is: 0.23M student `caller-clumsy`, 0.58M teacher `caller`, 40 steps "
                  "of 16 prompts x 8, 300 held-out problems.", clumsy),
         "The 128 responses of the first step, before any update (teacher q, student p; every seed, then the mean):", "",
