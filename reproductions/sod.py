@@ -152,38 +152,40 @@ def results(found: dict[str, Sequence[Run]]) -> list[str]:
     ]  # fmt: skip
 
 
-def verdict(found: dict[str, Sequence[Run]], name: str) -> tuple[str, str]:
-    """(an arm's accuracy after training against uniform weights, within seeds and in points; what the interval says)."""
-    after = percent("accuracy", -1)
-    values = [after(a) - after(b) for a, b in zip(found[name], found[UNIFORM], strict=True)]
+def judged(values: Sequence[float]) -> str:
+    """Whether a number that the claim says is positive is: by its interval over the seeds, then by its sign in each."""
     mean, half = interval(values)
-    words = "no difference seen" if abs(mean) <= half else "better" if mean > 0 else "worse"
-    return f"{with_interval(values)} points", words
+    if abs(mean) > half:
+        return "yes" if mean > 0 else "no, the opposite"
+    if min(values) > 0:
+        return "in every seed, but the interval includes 0"
+    return f"no: a null result{', lower in every seed' if max(values) < 0 else ''}"
+
+
+def against_uniform(found: dict[str, Sequence[Run]], name: str) -> list[float]:
+    """An arm's accuracy after training minus that of uniform weights, in points, seed by seed."""
+    after = percent("accuracy", -1)
+    return [after(a) - after(b) for a, b in zip(found[name], found[UNIFORM], strict=True)]
 
 
 def claims(found: dict[str, dict[str, Sequence[Run]]]) -> list[str]:
     clumsy = found["sod-clumsy"]
     turns = [first_step(run) for run in clumsy[UNIFORM]]
-    rise, right = ([matched(own, keep) for own in turns] for keep in (lambda t: True, lambda t: t.failed is False))
-    lines = ["| claim | found | reproduced? |", "|---|---|---|"]
-    for words, values in (("all turns", rise), ("turns whose own call works", right)):
-        mean, half = interval(values)
-        lines.append(
-            f"| the gap is larger after an error than after a result at the same place ({words}) | "
-            f"{with_interval(values, '.2f')} nats/token | {'yes' if mean > half else 'no'} |"
-        )
+    larger = "the gap is larger after an error than after a result at the same place"
+    numbers: list[tuple[str, list[float], str]] = [
+        (f"{larger}, nats/token", [matched(own) for own in turns], ".2f"),
+        (f"{larger}, turns whose own call works", [matched(own, lambda t: t.failed is False) for own in turns], ".2f"),
+    ]
     for name in (SOD, FLOORED):
         for place, runs in found.items():
-            difference, words = verdict(runs, name)
-            answer = {"better": "yes", "worse": "no, the opposite"}.get(words, "no: a null result")
-            lines.append(f"| accuracy of {name} is above uniform weights', {PLACES[place]} | {difference} | {answer} |")
-    growth = {name: [grown(run) for run in clumsy[name]] for name in (UNIFORM, SOD)}
-    shown = "; ".join(f"{name} {with_interval(values, '.2f')}" for name, values in growth.items())
-    held = max(growth[SOD]) <= 1 < min(growth[UNIFORM])
-    lines.append(
-        f"| a turn's mean pull w d grows over turns with uniform weights, not under SOD | turn 4 over turn 1: "
-        f"{shown} | {'yes' if held else 'no'} |"
-    )
+            words = f"accuracy of {name} minus that of uniform weights, {PLACES[place]}, points"
+            numbers.append((words, against_uniform(runs, name), ".1f"))
+    growth = [grown(a) - grown(b) for a, b in zip(clumsy[UNIFORM], clumsy[SOD], strict=True)]
+    numbers.append(("a turn's mean pull w d, turn 4 over turn 1: uniform weights minus SOD", growth, ".2f"))
+    lines = ["| claim: this is positive | found | reproduced? |", "|---|---|---|"]
+    for words, values, form in numbers:
+        each = ", ".join(format(v, form) for v in values)
+        lines.append(f"| {words} | {each}: **{with_interval(values, form)}** | {judged(values)} |")
     return [*lines, "| zero weight after the first error is worse; without a cap the gradient is noisier | not run | |"]
 
 
