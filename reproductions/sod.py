@@ -12,14 +12,13 @@ Left out: the ablations that know which call failed (zero or less weight after t
 errors. No cap, and GRPO without a teacher.
 """
 
-import argparse
 import json
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from compare import Arm, Run, interval, run_all, table, with_interval, write
+from compare import Arm, Run, arguments, claims, differences, each, run_all, table, verdict, with_interval, write
 
 UNIFORM, SOD, FLOORED = "grpo_opd", "sod", "sod, floor 0.2"
 COMMON = ("eval.teacher=false", "eval.every=null", "log.rollouts=128")
@@ -152,23 +151,7 @@ def results(found: dict[str, Sequence[Run]]) -> list[str]:
     ]  # fmt: skip
 
 
-def judged(values: Sequence[float]) -> str:
-    """Whether a number that the claim says is positive is: by its interval over the seeds, then by its sign in each."""
-    mean, half = interval(values)
-    if abs(mean) > half:
-        return "yes" if mean > 0 else "no, the opposite"
-    if min(values) > 0:
-        return "in every seed, but the interval includes 0"
-    return f"no: a null result{', lower in every seed' if max(values) < 0 else ''}"
-
-
-def against_uniform(found: dict[str, Sequence[Run]], name: str) -> list[float]:
-    """An arm's accuracy after training minus that of uniform weights, in points, seed by seed."""
-    after = percent("accuracy", -1)
-    return [after(a) - after(b) for a, b in zip(found[name], found[UNIFORM], strict=True)]
-
-
-def claims(found: dict[str, dict[str, Sequence[Run]]]) -> list[str]:
+def claimed(found: dict[str, dict[str, list[Run]]]) -> list[str]:
     clumsy = found["sod-clumsy"]
     turns = [first_step(run) for run in clumsy[UNIFORM]]
     larger = "the gap is larger after an error than after a result at the same place"
@@ -179,14 +162,14 @@ def claims(found: dict[str, dict[str, Sequence[Run]]]) -> list[str]:
     for name in (SOD, FLOORED):
         for place, runs in found.items():
             words = f"accuracy of {name} minus that of uniform weights, {PLACES[place]}, points"
-            numbers.append((words, against_uniform(runs, name), ".1f"))
+            numbers.append((words, differences(runs, name, UNIFORM, percent("accuracy", -1)), ".1f"))
     growth = [grown(a) - grown(b) for a, b in zip(clumsy[UNIFORM], clumsy[SOD], strict=True)]
     numbers.append(("a turn's mean pull w d, turn 4 over turn 1: uniform weights minus SOD", growth, ".2f"))
-    lines = ["| claim: this is positive | found | reproduced? |", "|---|---|---|"]
-    for words, values, form in numbers:
-        each = ", ".join(format(v, form) for v in values)
-        lines.append(f"| {words} | {each}: **{with_interval(values, form)}** | {judged(values)} |")
-    return [*lines, "| zero weight after the first error is worse; without a cap the gradient is noisier | not run | |"]
+    rows = [(f"{words} (above 0)", f"{each(values, form)}: **{with_interval(values, form)}**", verdict(values))
+            for words, values, form in numbers]  # fmt: skip
+    return claims(
+        [*rows, ("zero weight after the first error is worse; without a cap the gradient is noisier", "not run", "")]
+    )
 
 
 def grown(run: Run) -> float:
@@ -210,11 +193,11 @@ def setting(title: str, words: str, found: dict[str, Sequence[Run]]) -> list[str
     return [f"## {title}", "", words, "", *results(found), "By turn, means over all steps:", "", *by_turn(found), ""]
 
 
-def report(seeds: Sequence[int], places: Sequence[str]) -> list[str]:
-    found: dict[str, dict[str, Sequence[Run]]] = {k: dict(run_all(SETTINGS[k], seeds, k)) for k in places}
+def report(seeds: Sequence[int], places: Sequence[str], minutes: float | None = None) -> list[str]:
+    found: dict[str, dict[str, list[Run]]] = {k: run_all(SETTINGS[k], seeds, k, minutes) for k in places}
     clumsy = found["sod-clumsy"]
     lines = [
-        HEAD, "", f"Seeds: {', '.join(map(str, seeds))}.", "", "## Claims", "", *claims(found), "",
+        HEAD, "", f"Seeds: {', '.join(map(str, seeds))}.", "", "## Claims", "", *claimed(found), "",
         *setting("Calls that fail", "`cpu/sod` as it is: 0.23M student `caller-clumsy`, 0.58M teacher `caller`, 40 steps "
                  "of 16 prompts x 8, 300 held-out problems.", clumsy),
         "The 128 responses of the first step, before any update (teacher q, student p; every seed, then the mean):", "",
@@ -227,8 +210,7 @@ def report(seeds: Sequence[int], places: Sequence[str]) -> list[str]:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser = arguments(__doc__)
     parser.add_argument("--settings", nargs="+", choices=list(SETTINGS), default=["sod-clumsy"])
     options = parser.parse_args()
-    print(write("sod", report(options.seeds, options.settings)))
+    print(write("sod", report(range(options.seeds), options.settings, options.minutes)))
