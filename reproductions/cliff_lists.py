@@ -21,7 +21,7 @@ PLAIN = "lam 1"
 
 def arm(teacher: str, lam: float, given: argparse.Namespace) -> Arm:
     return Arm(f"{teacher} {lam:g}", "cpu/listopd", (
-        f"method.lam={lam:g}", f"teachers.teacher.path=testbed:{teacher}", "eval.every=0", f"eval.teacher={lam == 1}",
+        f"method.lam={lam:g}", f"teachers.teacher.path=testbed:{teacher}", "eval.every=null", f"eval.teacher={lam == 1}",
         f"train.steps={given.steps}", f"train.prompts_per_step={given.prompts}",
     ))  # fmt: skip
 

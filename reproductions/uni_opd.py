@@ -104,13 +104,14 @@ def before_training(seeds: int) -> tuple[list[str], list[tuple[str, str, str]]]:
         lines.append(f"| {name} | {with_interval(before)} | {with_interval(after)} |")
     grows = [b["inverted of mixed"] - a["inverted of mixed"] for a, b in zip(found[SIZES[0]], largest, strict=True)]
     rises = [b["in order, all"] - a["in order, all"] for a, b in zip(largest, calibrated, strict=True)]
+    overlap = [o["in order, all"] for o in largest]
     below = max(o["below"] for o in calibrated)
     rows = [
         ("1. Many mixed prompts are inverted, more with more responses",
          f"{SIZES[-1]} less {SIZES[0]} responses: {with_interval(grows, sign='+')} points", compare.verdict(grows)),
-        ("1. Returns of correct and incorrect responses overlap strongly",
-         f"{with_interval([o['in order, all'] for o in largest])} % of the pairs in order; 50 % would be no relation",
-         "see there"),
+        ("1. Returns of correct and incorrect responses overlap strongly: under three quarters of the pairs are in order",
+         f"{with_interval(overlap)} %; the paper has about 55 %, and 50 % is no relation",
+         compare.verdict([o - 75 for o in overlap], -1)),
         (f"2. After the shift no mean margin is below {DELTA:g}", f"at most {below:.1f} % of the mixed prompts",
          "not reproduced" if below else "reproduced"),
         ("2. The order of returns follows the outcome better then",

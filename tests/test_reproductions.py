@@ -1,6 +1,8 @@
 """What the reproductions have in common: intervals, differences within seeds, and runs that are read instead of repeated."""
 
+import importlib
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -126,3 +128,44 @@ def test_the_runs_seed_goes_to_the_models_that_name_none():
     assert Arm("another", "cpu/prune", ("teachers.teacher.path=testbed:sft",)).settings(5, "x").teachers[
         "teacher"
     ].path == ("testbed:sft@5")
+
+
+def test_the_index_has_every_script_of_make_reproduce_and_every_page():
+    root = Path(compare.__file__).parents[1]
+    index = (root / "reproductions" / "README.md").read_text()
+    names = re.search(r"^REPRODUCTIONS := (.+)$", (root / "Makefile").read_text(), re.MULTILINE)
+    assert names
+    for name in names[1].split():
+        assert (root / "reproductions" / f"{name}.py").is_file()
+        assert f"`{name}`" in index
+    pages = {page.name for page in (root / "reproductions").glob("*.md")} - {"README.md"}
+    assert pages == set(re.findall(r"\]\((\w+\.md)\)", index))
+
+
+def every_number(arm: str, seed: int) -> Run:
+    """A run whose evaluations and steps hold everything that the scripts read, a little different for each arm and seed."""
+    own = len(arm) + seed
+    evals = [{"step": step, "who": who, "problems": 100, "accuracy": (own + step) / 200, "reverse_kl": 0.1}
+             for step in range(0, 65, 8) for who in ("student", "teacher")]  # fmt: skip
+    keys = ("tokens", "drift", "length/limit", "length/effective", "jump/accepted", "jump/responses", "jump/seconds")
+    return Run(evals, [{"step": step, "seconds/step": 10.0, **dict.fromkeys(keys, 1.0 + own)} for step in range(1, 65)])
+
+
+@pytest.mark.parametrize(
+    ("name", "row"),  # an arm's accuracy is half a point a letter of its name
+    [
+        ("prune_opd", "| 2. Stranger: within noise of plain distillation | stranger, pruned less stranger, plain: "
+                      "+0.5 ± 0.0 points | not reproduced |"),
+        ("effopd", "| EffOPD is ahead after 16 steps | better (released) less plain, 16 steps: +6.0 ± 0.0 points | "
+                   "reproduced |"),
+    ],
+)  # fmt: skip
+def test_a_script_makes_its_page_of_the_runs(name, row, monkeypatch):
+    def run_all(arms, seeds, folder, minutes=None):
+        return {arm.name: [every_number(arm.name, seed) for seed in seeds] for arm in arms}
+
+    monkeypatch.setattr(compare, "run_all", run_all)
+    monkeypatch.setattr(compare, "write", lambda page, lines: "\n".join([page, *lines]))
+    page = importlib.import_module(name).report(3, None)
+    assert page.startswith(f"{name}\n# ")
+    assert row in page.splitlines()
