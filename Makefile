@@ -54,7 +54,7 @@ browser:
 
 # Each script runs three seeds and writes its page; finished runs are read, so a stopped one goes on. About an hour and a half
 # on one core, with the models that it builds; one of them alone: make reproduce REPRODUCTIONS=effopd
-REPRODUCTIONS := demo_seeds cliff cliff_lists uni_opd prune_opd effopd sod
+REPRODUCTIONS := demo_seeds cliff cliff_lists uni_opd prune_opd effopd sod self_distillation
 reproduce: $(VENV)/.installed
 	@for name in $(REPRODUCTIONS); do $(BIN)/python reproductions/$$name.py || exit 1; done
 
