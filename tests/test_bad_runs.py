@@ -21,6 +21,7 @@ from opdkit.models import LanguageModel
 from opdkit.rollouts.calls import TextCalls
 from opdkit.tasks.environments import Observation
 from opdkit.tasks.problem import Verdict
+from opdkit.views.batches import Batch
 
 PRUNE = {"name": "prune_opd", "k": 8, "gamma": 0.3, "drop": 0.34, "start": 6, "least": 3, "step": 1, "margin": 1}
 LIVE = {"path": "student:live"}
@@ -42,16 +43,24 @@ NAN = {
 
 def poisoned(monkeypatch, share: float) -> None:
     """The teacher gives NaN in the first rows of every batch that it reads (a model that is NaN everywhere does not load)."""
-    real = LanguageModel.run
+    real, run = Batch.states, LanguageModel.run
 
-    def run(self, **inputs):
-        output = real(self, **inputs)
+    def states(self, lm, rollouts):
+        found = real(self, lm, rollouts)
+        if lm.name == "teacher" and len(self.index) > 1:
+            bad = sum(len(rollouts[i].trained_index) for i in self.index[: max(1, int(len(self.index) * share))])
+            found[:bad] = float("nan")
+        return found
+
+    def reads_along(self, **inputs):
+        output = run(self, **inputs)
         rows = inputs["input_ids"].shape[0]
         if self.name == "teacher" and rows > 1:
             output.last_hidden_state[: max(1, int(rows * share))] = float("nan")
         return output
 
-    monkeypatch.setattr(LanguageModel, "run", run)
+    monkeypatch.setattr(Batch, "states", states)
+    monkeypatch.setattr(LanguageModel, "run", reads_along)
 
 
 def data_of(recipe_data: dict, case: str) -> dict:

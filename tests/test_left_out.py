@@ -13,7 +13,7 @@ from opdkit.errors import DataError, NonFiniteError, RecipeError
 from opdkit.head import HeadRows
 from opdkit.losses import CrossEntropy
 from opdkit.method import Method, Term, View
-from opdkit.models import LanguageModel, load_model
+from opdkit.models import load_model
 from opdkit.rewards.verify import verify_rollouts
 from opdkit.rollouts.flatten import flatten
 from opdkit.rollouts.rollout import Rollout
@@ -24,6 +24,7 @@ from opdkit.tasks.problem import Problem, Task, Verdict
 from opdkit.train.processes import Processes
 from opdkit.train.update import coefficients, streams
 from opdkit.views.bad import neutral
+from opdkit.views.batches import Batch
 from opdkit.views.local import score
 
 
@@ -110,16 +111,16 @@ METHODS = [{"name": "opd"}, {"name": "vopd", "k": 4}, {"name": "full_opd"}, {"na
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda m: m["name"])
 def test_a_run_leaves_them_out_and_counts_them(recipe_data, monkeypatch, method):
-    """NaN in every second row of the teacher's passes."""
-    real = LanguageModel.hidden
+    """NaN at every third token of the teacher's passes."""
+    real = Batch.states
 
-    def hidden(self, ids):
-        found = real(self, ids)
-        if self.name == "teacher" and ids.shape[0] > 1:
-            found[::2, -3:] = float("nan")
+    def states(self, lm, rollouts):
+        found = real(self, lm, rollouts)
+        if lm.name == "teacher" and len(self.index) > 1:
+            found[::3] = float("nan")
         return found
 
-    monkeypatch.setattr(LanguageModel, "hidden", hidden)
+    monkeypatch.setattr(Batch, "states", states)
     data = changed(recipe_data, method=method, eval__teacher=False, train__packing=False, train__steps=2)
     with pytest.raises(NonFiniteError, match="batch saved in"):
         run(data, eval__kl_prompts=0)

@@ -198,15 +198,14 @@ def test_a_signal_finishes_the_step_and_saves(recipe_data, number, tmp_path):
 
 
 def test_a_teacher_that_returns_nan_stops_with_the_batch_saved(recipe_data, monkeypatch):
-    from opdkit.models import LanguageModel
+    from opdkit.views.batches import Batch
 
-    real = LanguageModel.hidden
+    real = Batch.states
 
-    def hidden(self, ids):  # NaN on real batches only: a model that is NaN everywhere does not load
-        found = real(self, ids)
-        return found.masked_fill(torch.tensor(self.name == "teacher" and ids.shape[0] > 1), float("nan"))
+    def states(self, lm, rollouts):  # NaN on real batches only: a model that is NaN everywhere does not load
+        return real(self, lm, rollouts).masked_fill(torch.tensor(lm.name == "teacher"), float("nan"))
 
-    monkeypatch.setattr(LanguageModel, "hidden", hidden)
+    monkeypatch.setattr(Batch, "states", states)
     with pytest.raises(NonFiniteError, match=r"step 1: model 'teacher' .* returned NaN .*batch saved in"):
         run(recipe_data, eval__kl_prompts=0, eval__teacher=False)
     saved = json.loads((Path(recipe_data["output"]) / "nonfinite" / "step-000001" / "policy.json").read_text())

@@ -14,7 +14,7 @@ from opdkit.plan import as_text, plan
 from opdkit.plan.datasheet import LAUNCH, OPERATIONS
 from opdkit.plan.hardware import Host
 from opdkit.plan.passes import Pass, Products, passes, scoring_flops, updating_flops
-from opdkit.plan.pilot import no_words, pilot, reads_packs
+from opdkit.plan.pilot import no_words, pilot, tried
 from opdkit.plan.stopwatch import cut, shorter, through
 from opdkit.plan.texts import Lengths, chance
 from opdkit.plan.timing import Decoding, Timing, evaluations, timings
@@ -52,6 +52,7 @@ def test_tokens_and_pairs_by_hand():
     packed, padded = Pass(tuple(texts), True), Pass(tuple(texts), False)
     assert (packed.tokens, packed.pairs) == (3 + 2 * 2, 6 + 2 * (2 * 3 + 3))
     assert (padded.tokens, padded.pairs, padded.trained) == (10, 2 * 15, 6)
+    assert (packed.ends, padded.ends) == (1 + 2 * 2, 6)
 
 
 def test_products_are_those_that_a_pass_runs(recipe_data, student_path):
@@ -62,9 +63,12 @@ def test_products_are_those_that_a_pass_runs(recipe_data, student_path):
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         Batch((0, 1), False).states(lm, texts)
     one = Pass(tuple(texts), False)
-    assert p.token * one.tokens == counter.get_total_flops()  # which leaves a CPU's attention out
+    width, inner = 32, 64  # q, o, gate, up and down of the last of two layers run where they are read
+    assert p.ends == 2 * (2 * width * width + 3 * width * inner)
+    needed = p.token * one.tokens - p.ends * (one.tokens - one.trained)
+    assert needed == counter.get_total_flops()  # which leaves a CPU's attention out
     assert p.pair == 4 * 2 * 16 * 2 and p.logits == 2 * 44 * 32
-    assert p.forward([one]) == p.token * one.tokens + p.pair * one.pairs
+    assert p.forward([one]) == needed + p.pair * one.pairs
     assert p.learning([one], False) == 3 * (p.forward([one]) + p.logits * one.trained)
     assert p.learning([one], True) - p.learning([one], False) == p.forward([one])
 
@@ -170,7 +174,7 @@ def test_tokenizers_need_not_be_here(recipe_data, tmp_path, lora):
 def test_packing_is_what_the_engine_does(recipe_data):
     found = plan(parse_recipe(recipe_data), None, timed=False)
     student = found.models["student"]
-    assert student.packs and reads_packs(student, 2**34)
+    assert student.packs and student.reads and tried(student, 2**34) == (True, True)
     texts = Lengths((100,), 60).texts(2, 4)  # 2 x (100 + 4 x 60) tokens in place of 8 x 160
     (one,) = passes(student, texts, 10_000)
     assert one.packed and one.tokens == 2 * (100 + 4 * 59)

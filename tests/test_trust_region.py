@@ -57,6 +57,7 @@ def models(student_path, teacher_path):
     found = {name: load_model(ModelConfig(path=path, temperature=t), name) for name, (path, t) in paths.items()}
     for lm in found.values():
         lm.model.double()
+        lm.reads = False  # dense log-softmax is taken of transformers' own pass, whose norms run in float32
     return found
 
 

@@ -150,6 +150,8 @@ def agrees(lm: LanguageModel) -> bool:
     plain = plain and not getattr(config, "sliding_window", None) and config._attn_implementation in ("sdpa", NAME)
     if not plain or not written_out(lm) or lm.model.dtype not in (torch.float32, torch.float64):
         return False
+    if getattr(lm.model, "is_quantized", False):  # its kernels take the shapes that transformers gives them
+        return False
     if float(getattr(config, "attention_dropout", None) or 0.0) or config.vocab_size < 8:
         return False
     single = [torch.tensor([[*t.prompt_ids, *t.response_ids[:-1]]], device=lm.device) for t in TRIAL]

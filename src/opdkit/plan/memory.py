@@ -67,6 +67,7 @@ class Model:
     trained_bytes: int
     shared: bool = False  # the student itself, as it is or with its adapters off
     packs: bool = False  # whether it reads packed rows where the run takes place
+    reads: bool = False  # whether its last layer runs only where it is read there (opdkit.reading)
 
     @property
     def written_out(self) -> bool:

@@ -43,6 +43,14 @@ class Pass:
         return self._tokens_and_pairs[0]
 
     @property
+    def ends(self) -> int:
+        """Tokens at which the last layer is read: from the last one of a prompt on; of padded rows the trained ones."""
+        if not self.packed:
+            return self.trained
+        groups = groupby(self.texts, key=lambda t: t.prompt_ids)
+        return sum(1 + sum(len(m.response_ids) - 1 for m in members) for _, members in groups)
+
+    @property
     def pairs(self) -> int:
         """Pairs of tokens that attend, causally; padded rows in full."""
         return self._tokens_and_pairs[1]
@@ -68,21 +76,32 @@ def passes(model: Model, texts: Sequence[Rollout], budget: int) -> list[Pass]:
 
 @dataclass(frozen=True)
 class Products:
-    """FLOPs of a model: its layers for each token, attention for each pair of tokens, and one row of logits."""
+    """FLOPs of a model: its layers for each token, attention for each pair of tokens, and one row of logits.
+
+    `ends` are those of a token in the last layer that are saved where its state is not read; attention there counts whole.
+    """
 
     token: int
     pair: int
     logits: int
     frozen: bool  # whether its weights take no gradient
+    ends: int = 0
 
     @staticmethod
     def of(model: Model) -> "Products":
         text = model.architecture.text
         width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         weights = sum(layer.weight.numel() for layer in linear_layers(model.meta).values())
+        last = f"layers.{model.architecture.layers - 1}."
+        spared = sum(layer.weight.numel() for name, layer in linear_layers(model.meta).items()
+                     if last in name and not name.endswith(("k_proj", "v_proj")))  # fmt: skip
         pair = 4 * text.num_attention_heads * width * model.architecture.layers
         return Products(
-            2 * weights, pair, 2 * model.architecture.vocab * text.hidden_size, model.trained < model.parameters
+            2 * weights,
+            pair,
+            2 * model.architecture.vocab * text.hidden_size,
+            model.trained < model.parameters,
+            2 * spared * model.reads,
         )
 
     def at(self, depth: float) -> "Products":
@@ -90,7 +109,7 @@ class Products:
         return replace(self, token=round(self.token * depth), pair=round(self.pair * depth))
 
     def forward(self, over: Sequence[Pass]) -> float:
-        return float(sum(self.token * p.tokens + self.pair * p.pairs for p in over))
+        return float(sum(self.token * p.tokens - self.ends * (p.tokens - p.ends) + self.pair * p.pairs for p in over))
 
     def learning(self, over: Sequence[Pass], checkpointing: bool) -> float:
         """Forward and backward with the head: two products for each one of the forward pass, one where weights are

@@ -35,7 +35,7 @@ LARGEST = 2**30  # bytes of one model's layers; of a larger model fewer layers a
 SHARE = 8  # of the memory that is free: no model takes more than this part of it
 DRAWN = 2**20  # random numbers that are drawn once and repeated
 STD, PEAKED = 0.02, 4.0  # of weights; of logits
-_TRIED: dict[tuple[str, ...], bool] = {}  # advice asks again
+_TRIED: dict[tuple[str, ...], tuple[bool, bool]] = {}  # advice asks again
 END = 0  # the id that ends a response; its row of the head is 0, which is hardly ever drawn
 
 
@@ -206,10 +206,12 @@ def no_words() -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({}, unk_token="")))
 
 
-def reads_packs(model: Model, free: int) -> bool:
-    """Whether the engine packs this model's rows on a CPU: its own trial, on a layer of random weights."""
+def tried(model: Model, free: int) -> tuple[bool, bool]:
+    """Whether the engine packs this model's rows on a CPU, and whether it writes its layers out (`opdkit.reading`): its own
+    trials, on a layer of random weights."""
     a = model.architecture
     key = (a.config.to_json_string(use_diff=False), a.settings.attn, a.settings.dtype)
     if key not in _TRIED:
-        _TRIED[key] = _depth(model, free) > 0 and untrained(a, 1).packs
+        one = untrained(a, 1) if _depth(model, free) > 0 else None
+        _TRIED[key] = (False, False) if one is None else (one.packs, one.reads)
     return _TRIED[key]

@@ -17,7 +17,7 @@ from opdkit.plan.datasheet import Datasheet
 from opdkit.plan.hardware import Gpu, Host, find_gpu, this_machine
 from opdkit.plan.memory import Job, Model, Phase
 from opdkit.plan.phases import phases
-from opdkit.plan.pilot import pilot, reads_packs
+from opdkit.plan.pilot import pilot, tried
 from opdkit.plan.reading import find_readings
 from opdkit.plan.stopwatch import Stopwatch
 from opdkit.plan.timing import Timing, timings
@@ -130,7 +130,8 @@ def _processes(recipe: Recipe, gpu: str | None, gpus: int | None) -> int:
 
 
 def _packed(model: Model, place: Host) -> Model:
-    return replace(model, packs=reads_packs(model, place.usable))
+    packs, reads = tried(model, place.usable)
+    return replace(model, packs=packs, reads=reads)
 
 
 def _times(job: Job, place: Gpu | Host, resolved: float) -> tuple[tuple[Timing, ...], list[str]]:

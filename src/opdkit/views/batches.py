@@ -27,7 +27,10 @@ class Batch:
         """Last hidden states that predict the trained tokens, in the order of the batch; `rollouts` are the step's."""
         from opdkit.reading import fits, rows_of
         from opdkit.reading import states as read
+        from opdkit.views.interpolated import Interpolated
 
+        if isinstance(lm, Interpolated):
+            return torch.cat([self.states(part, rollouts) for part in lm.parts], -1)
         chosen = [rollouts[i] for i in self.index]
         if fits(lm):
             return read(lm, rows_of(chosen, self.packed, lm.device))
