@@ -8,10 +8,11 @@ TORCH := torch==2.13.0
 demo: $(VENV)/.installed
 	$(BIN)/opd demo
 
-# Some tests start two processes: threads that spin while they wait would take the other's core.
+# One worker a core, one thread a worker: threads that spin while they wait would take the other's core.
 test: export OMP_WAIT_POLICY := PASSIVE
+test: export OMP_NUM_THREADS := 1
 test: $(VENV)/.dev browser
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto
 
 check: $(VENV)/.dev lint test
 
