@@ -15,7 +15,7 @@ from opdkit.rollouts.sampler import Keep, Sampling, prompt_keys
 from opdkit.rollouts.sources import Request, Supply
 from opdkit.sources import Dataset, OnPolicy, Replay
 from opdkit.tasks.problem import Problem, Task
-from opdkit.train.setup import split_prompts
+from opdkit.train.checks import split_prompts
 
 
 def loss_of(arguments, p, q):

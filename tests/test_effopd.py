@@ -14,9 +14,10 @@ from opdkit.config import parse_recipe
 from opdkit.errors import MethodError, RecipeError
 from opdkit.extrapolate import EffOPD, copy, place
 from opdkit.hooks import Now
+from opdkit.train.checks import check_processes
 from opdkit.train.hooks import training_accuracy
 from opdkit.train.processes import Processes
-from opdkit.train.setup import check_processes, set_up
+from opdkit.train.setup import set_up
 
 KEY = "layer.mlp.up"
 

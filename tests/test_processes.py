@@ -17,8 +17,9 @@ from opdkit.errors import RecipeError
 from opdkit.rollouts.rollout import Rollout
 from opdkit.tasks.problem import Problem
 from opdkit.train.checkpoint import latest_checkpoint, load_checkpoint
+from opdkit.train.checks import check_processes
 from opdkit.train.processes import Processes
-from opdkit.train.setup import check_processes, set_up
+from opdkit.train.setup import set_up
 from opdkit.train.update import parts
 
 PLAIN = dict(method={"name": "opd"}, train__prompts_per_step=5)  # 3 and 2 prompts: uneven work

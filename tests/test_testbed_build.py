@@ -57,7 +57,7 @@ def test_a_build_is_complete_deterministic_and_taken_from_the_cache(short_builds
 def test_every_build_has_a_valid_recipe():
     from opdkit.catalogue import build_method
     from opdkit.config import parse_recipe
-    from opdkit.train.setup import check_recipe
+    from opdkit.train.checks import check_recipe
 
     for name in BUILDS:
         recipe = parse_recipe(build._recipe(find(name), "student", "output"))

@@ -14,7 +14,7 @@ from opdkit.sources import OnPolicy, Replay
 from opdkit.tasks.load import check_settings, load_task
 from opdkit.tasks.problem import Problem
 from opdkit.tasks.prompts import encode_problems
-from opdkit.train.setup import split_prompts
+from opdkit.train.checks import split_prompts
 
 PROMPTS = 256  # how many of the task's are read for their lengths
 

@@ -23,8 +23,8 @@ from opdkit.plan.stopwatch import Stopwatch
 from opdkit.plan.timing import Timing, timings
 from opdkit.sources import context_of
 from opdkit.tasks.contexts import check_context, describe_difference
+from opdkit.train.checks import check_processes, check_recipe, check_supports
 from opdkit.train.processes import Processes
-from opdkit.train.setup import check_processes, check_recipe, check_supports
 
 STEP = ("sample", "score", "update", "other")  # phases of a step; the others are outside of it
 NODE = 8  # GPUs that a recipe with sharding is planned for when none are given

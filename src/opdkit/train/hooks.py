@@ -1,6 +1,6 @@
 """Runs a method's hooks, and gives them what they may use: the trained parameters and an accuracy on training problems.
 
-Left out: hooks while processes share the student (`train.setup.check_processes` refuses them).
+Left out: hooks while processes share the student (`train.checks.check_processes` refuses them).
 """
 
 from collections.abc import Mapping

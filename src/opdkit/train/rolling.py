@@ -17,8 +17,9 @@ from opdkit.rollouts.sampler import prompt_keys
 from opdkit.rollouts.sources import Request, Supply
 from opdkit.sources import Replay
 from opdkit.train.ahead import Ahead, Reading, without_states
+from opdkit.train.checks import split_prompts
 from opdkit.train.data import PromptOrder
-from opdkit.train.setup import Setup, derive_seed, split_prompts
+from opdkit.train.setup import Setup, derive_seed
 
 
 class Rolling:
