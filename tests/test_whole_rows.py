@@ -10,7 +10,7 @@ from opdkit import reading
 from opdkit.layers import angles, rms_norm, turn
 from opdkit.models import checkpoint_activations
 from opdkit.packing import enable
-from opdkit.reading import Padded, agrees, fits, states
+from opdkit.reading import Padded, agrees, fits, short_attention, states
 from opdkit.rollouts.body import make_body
 from opdkit.rollouts.decoder import Decoder
 from opdkit.views.batches import Batch
@@ -157,3 +157,34 @@ def test_only_what_is_known_is_read_this_way() -> None:
         assert not fits(lm)
     lm.forward = lm.model.base_model
     assert not fits(lm)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_short_attention_is_attention(masked: bool) -> None:
+    torch.manual_seed(2)
+    q, k, v = (torch.randn(3, 2, n, 4, dtype=torch.float64, requires_grad=True) for n in (5, 5, 5))
+    mask = torch.rand(3, 1, 5, 5) < 0.6 if masked else None
+    if mask is not None:
+        mask[..., 0] = True  # every query reads something
+    ours = short_attention(q, k, v, mask, 0.3)
+    theirs = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=not masked, scale=0.3)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-14)
+    grad = torch.randn_like(ours)
+    for a, b in zip(
+        torch.autograd.grad(ours, (q, k, v), grad), torch.autograd.grad(theirs, (q, k, v), grad), strict=True
+    ):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("short", [0, 64])
+def test_long_and_short_rows_agree(monkeypatch, short: int) -> None:
+    monkeypatch.setattr(reading, "SHORT", short)
+    lm = wrap(qwen(), packs=False)
+    lm.reads = True
+    weights = torch.randn(sum(len(r.trained_index) for r in ROLLOUTS), 32, dtype=torch.float64)
+    (ours, grads), (theirs, expected) = both_ways(lm, False, weights)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=3e-6)
+    for name, grad in grads.items():
+        torch.testing.assert_close(
+            grad, expected[name], rtol=0, atol=1e-5 * float(expected[name].abs().max()), msg=name
+        )

@@ -24,6 +24,8 @@ from opdkit.layers import angles, rms_norm, turn, written_out
 from opdkit.models import LanguageModel
 from opdkit.packing import NAME, TRIAL, Pack, Text, attend, pack
 
+SHORT = 64  # tokens of a row up to which attention is formed by batched products
+
 
 @dataclass(frozen=True)
 class Padded:
@@ -57,10 +59,28 @@ class Padded:
         if last:
             grid = q.new_zeros(self.shape[0] * self.mask.shape[2], *q.shape[1:]).index_copy(0, self.slots, q)
         query = grid.unflatten(0, (self.shape[0], -1)).transpose(1, 2)
-        mask = self.mask if last else None
-        found = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=not last, scale=scale)
+        if self.shape[1] <= SHORT and (last or q.requires_grad):
+            found = short_attention(query, key, value, self.mask if last else None, scale)
+        else:
+            mask = self.mask if last else None
+            found = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=not last, scale=scale)
         flat = found.transpose(1, 2).flatten(0, 1).flatten(1)
         return flat.index_select(0, self.slots) if last else flat
+
+
+def short_attention(
+    q: Float[Tensor, "B H Q d"], k: Float[Tensor, "B H T d"], v: Float[Tensor, "B H T d"],
+    mask: Bool[Tensor, "B 1 Q T"] | None, scale: float,
+) -> Float[Tensor, "B H Q d"]:  # fmt: skip
+    """softmax(scale q k^T) v by batched products, causal without a mask.
+
+    With rows this short the fused kernel spends its time on blocks of one row and head; its backward pass most of all.
+    """
+    seen = q.new_ones(q.shape[2], k.shape[2], dtype=torch.bool).tril() if mask is None else mask
+    bias = q.new_zeros(seen.shape).masked_fill_(~seen, -torch.inf)
+    bias = bias.expand(q.shape[0], q.shape[1], -1, -1).flatten(0, 1)
+    scores = torch.baddbmm(bias, q.flatten(0, 1), k.flatten(0, 1).transpose(1, 2), alpha=scale)
+    return torch.bmm(scores.softmax(-1), v.flatten(0, 1)).unflatten(0, q.shape[:2])
 
 
 class Packed:
