@@ -240,18 +240,17 @@ def _load(config: ModelConfig, name: str, path: str, base: str | None, device: t
             "would be random; config.json and the weights do not belong together"
         )
     if config.quantize == "nf4" and device.type == "cpu":
-        _leave_small_weights_unpacked(model)
+        _keep_one_kernel(model)
     return (model if config.quantize != "none" else model.to(device)), tokenizer
 
 
-def _leave_small_weights_unpacked(model: Any) -> None:
-    """On CPUs with AVX-512 bf16 bitsandbytes packs 4-bit weights for its own kernel at the first pass, and fails (0.50) where
-    these are not whole blocks of inputs and of 32 outputs."""
+def _keep_one_kernel(model: Any) -> None:
+    """On CPUs with AVX-512 bf16 bitsandbytes packs 4-bit weights at the first pass without gradient, for products in bfloat16,
+    while passes with gradient run in the model's dtype: a student would not be trained on what it samples. Small weights
+    it cannot pack at all (0.50)."""
     for layer in model.modules():
-        state = getattr(getattr(layer, "weight", None), "quant_state", None)
-        if state is not None and hasattr(layer, "support_avx512bf16_for_cpu"):
-            whole = layer.in_features % state.blocksize == 0 and layer.out_features % 32 == 0
-            layer.support_avx512bf16_for_cpu = layer.support_avx512bf16_for_cpu and whole
+        if hasattr(layer, "support_avx512bf16_for_cpu"):
+            layer.support_avx512bf16_for_cpu = False
 
 
 def _placement(config: ModelConfig, name: str, device: torch.device) -> dict[str, Any]:
