@@ -18,13 +18,14 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from opdkit.errors import ModelError, RecipeError
-from opdkit.products import few, linear
+from opdkit.products import few, linear, prefers_onednn, times, wide
 
 CHUNK_ENTRIES = 2**24  # logits of one chunk when none is asked for: 64 MiB of float32
 BLOCK_ENTRIES = 2**19  # elementwise block: 2 MiB of float32 stay in cache, and are worth waking all threads for
 DEVICE_BLOCK_ENTRIES = 2**24  # elsewhere: enough work for one kernel launch
 COLUMN_ENTRIES = 2**21  # of the weight in one product on the CPU: 8 MiB of float32 stay in cache, converted or not
 DEVICE_COLUMNS = 2**14  # ids of one product elsewhere, and only where precisions differ
+WIDE_SUM = 2**24  # multiplications from which a product that is formed apart and then added is worth it
 PARAMETERS = ("weight", "bias", "low_rank")  # the tensors of a head that can be trained
 
 
@@ -115,8 +116,8 @@ class Head:
         """The ids of each product."""
         if hidden.device.type == "cpu":
             return chunks(self.size, max(1, COLUMN_ENTRIES // hidden.shape[1]))
-        dtype, wide = precision(hidden)
-        direct = dtype == wide and all(t is None or t.dtype == dtype for t in (self.weight, self.low_rank))
+        dtype, sums = precision(hidden)
+        direct = dtype == sums and all(t is None or t.dtype == dtype for t in (self.weight, self.low_rank))
         return chunks(self.size, self.size if direct else DEVICE_COLUMNS)
 
     def _product(self, hidden: Float[Tensor, "n H"], z: Float[Tensor, "n V"]) -> Float[Tensor, "n V"]:
@@ -147,8 +148,8 @@ class Head:
 
     def hidden_gradient(self, dz: Float[Tensor, "n V"], hidden: Float[Tensor, "n H"]) -> Float[Tensor, "n H"]:
         """Gradient with respect to the hidden states, from that of `weight h + bias`."""
-        dtype, wide = precision(hidden)
-        out = torch.zeros_like(hidden, dtype=wide)
+        dtype, sums = precision(hidden)
+        out = torch.zeros_like(hidden, dtype=sums)
         with exact(dz):
             for ids in self._columns(hidden):
                 piece = dz[:, ids].to(dtype)
@@ -172,10 +173,10 @@ def _add_outer(
     total: Float[Tensor, "V k"], dz: Float[Tensor, "n V"], columns: Float[Tensor, "n k"], parts: list[slice]
 ) -> None:
     """total += dz^T columns, in the precision of the products."""
-    dtype, wide = precision(columns)
+    dtype, sums = precision(columns)
     low = columns.to(dtype)
     with exact(dz):
-        for ids in [slice(None)] if dtype == wide else parts:
+        for ids in [slice(None)] if dtype == sums and not prefers_onednn() else parts:
             add_product(total[ids], dz[:, ids].T.to(dtype), low)
 
 
@@ -183,7 +184,10 @@ def add_product(
     total: Float[Tensor, "m n"], a: Float[Tensor, "m k"], b: Float[Tensor, "k n"], fresh: bool = False
 ) -> None:
     """total += a b, in place; `fresh`: total = a b, whatever was there."""
-    if a.dtype == total.dtype:
+    if a.dtype == total.dtype and wide(a, b.shape[1], WIDE_SUM):
+        found = times(a, b)
+        total.copy_(found) if fresh else total.add_(found)
+    elif a.dtype == total.dtype:
         total.addmm_(a, b, beta=0 if fresh else 1)
     elif fresh:
         total.copy_(a @ b)

@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from opdkit import products
 from opdkit.config import LoraConfig, ModelConfig, Recipe
 from opdkit.errors import ModelError, RecipeError
 from opdkit.head import Head
@@ -168,6 +169,7 @@ def load_model(
         adapters = load_adapters(model, path, lora, name)
     elif lora is not None:
         adapters = attach(model, lora, path, name=name, seed=seed)
+    products.install(model)
     loaded = LanguageModel(name, config.path, model.eval(), tokenizer, config.temperature, adapters=adapters)
     _check_tokenizer(loaded)
     loaded.check_head()

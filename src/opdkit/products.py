@@ -1,27 +1,43 @@
-"""Matrix products of few rows, as decoding makes them.
+"""Matrix products on a CPU where torch's own leave time lying about: few rows, and processors that its library neglects.
 
-Axes: n rows, k columns, v outputs. Left out: products with many rows, for which torch's own are as fast as any here.
+Axes: m, n rows, k columns of x, v outputs. torch multiplies float32 with MKL. On processors of AMD with AVX-512 MKL uses
+half of their width; oneDNN, which torch carries for other types and uses for float32 in compiled graphs only, uses all of
+it. Left out: other types, devices and processors, where these are torch's products.
 """
+
+import platform
+from functools import cache
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 FEW = 8  # rows
 LEAST = 2**17  # entries of a weight for which turning the product pays: below, the time is that of the calls
+WIDE_ROWS = 3  # from which oneDNN is at least as fast as a turned product
+WIDE_PRODUCT = 2**22  # multiplications: a shape seen for the first time costs oneDNN 0.4 ms, every call 10 microseconds
+WIDE_OUTER = 2**25  # the same where the sum runs over many rows
 
 
 def linear(x: Float[Tensor, "n k"], weight: Float[Tensor, "v k"], bias: Tensor | None = None) -> Float[Tensor, "n v"]:
-    """x weight^T + bias. Up to FEW rows on a CPU are formed as weight x^T where the weight is large.
+    """x weight^T + bias, differentiable in all three.
 
-    The BLAS library divides a product among threads by the rows of its result. It reads a large weight once for each of 2
-    or 3 rows of x: there the turned product takes a third to a ninth of the time, for 8 rows two thirds (measured with
-    MKL, two threads). One row goes as two, because matrix x vector stays on one thread.
+    Up to FEW rows on a CPU are formed as weight x^T where the weight is large and oneDNN is not preferred (`wide`): the
+    BLAS library divides a product among threads by the rows of its result. It reads a large weight once for each of 2 or
+    3 rows of x: there the turned product takes a third to a ninth of the time, for 8 rows two thirds (measured with MKL,
+    two threads). One row goes as two, because matrix x vector stays on one thread.
     """
-    rows = x.shape[0]
+    if wide(x, weight.shape[0]):
+        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
+            found: Tensor = _Linear.apply(x, weight, bias)  # type: ignore[no-untyped-call]
+            return found
+        return _onednn(x, weight, bias)
     if not few(x, weight):
         return F.linear(x, weight, bias)
+    rows = x.shape[0]
     columns = (torch.cat([x, x]) if rows == 1 else x).T
     found = weight @ columns if bias is None else torch.addmm(bias[:, None], weight, columns)
     return found[:, :rows].T.contiguous()
@@ -29,5 +45,89 @@ def linear(x: Float[Tensor, "n k"], weight: Float[Tensor, "v k"], bias: Tensor |
 
 def few(x: Float[Tensor, "n k"], weight: Float[Tensor, "v k"]) -> bool:
     """Whether `linear` turns the product round."""
-    fits = 0 < x.shape[0] <= FEW and weight.numel() >= LEAST
+    fits = 0 < x.shape[0] <= FEW and weight.numel() >= LEAST and not wide(x, weight.shape[0])
     return fits and x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64)
+
+
+def times(a: Float[Tensor, "m k"], b: Float[Tensor, "k n"]) -> Float[Tensor, "m n"]:
+    """a b, without a gradient."""
+    return _onednn(a, b.T) if wide(a, b.shape[1]) else a @ b
+
+
+def outer(a: Float[Tensor, "m n"], b: Float[Tensor, "m k"]) -> Float[Tensor, "n k"]:
+    """a^T b, without a gradient."""
+    if not wide(a.T, b.shape[1], WIDE_OUTER):
+        return a.T @ b
+    return _onednn(b.T, a.T).T if a.shape[1] > b.shape[1] else _onednn(a.T, b.T)  # long rows are the faster ones
+
+
+def wide(a: Float[Tensor, "m k"], n: int, least: int = WIDE_PRODUCT) -> bool:
+    """Whether a product of `a` with n columns is oneDNN's: float32, large enough, on a processor that gains by it."""
+    if a.dtype != torch.float32 or a.device.type != "cpu" or a.shape[0] < WIDE_ROWS:
+        return False
+    return a.shape[0] * a.shape[1] * n >= least and prefers_onednn()
+
+
+def rounded(rows: int) -> int:
+    """As many rows or some more, so that batches of different lengths make products of few shapes."""
+    return rows + (-rows % 64 if rows >= 256 and prefers_onednn() else 0)
+
+
+@cache
+def prefers_onednn() -> bool:
+    """Whether float32 products are faster with oneDNN: MKL is torch's library and the processor AMD's with AVX-512.
+
+    torch calls it by a private name, so a small product is tried first.
+    """
+    neglected = torch.backends.mkl.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512"
+    if not neglected or not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        return False
+    cpuinfo = Path("/proc/cpuinfo")
+    processor = platform.processor() + (cpuinfo.read_text(encoding="utf-8") if cpuinfo.is_file() else "")
+    if "AuthenticAMD" not in processor:
+        return False
+    a, b = torch.arange(6.0).view(2, 3), torch.arange(12.0).view(4, 3)
+    return torch.equal(_onednn(a, b), a @ b.T)
+
+
+def _onednn(x: Float[Tensor, "n k"], weight: Float[Tensor, "v k"], bias: Tensor | None = None) -> Float[Tensor, "n v"]:
+    if not (weight.is_contiguous() or weight.T.is_contiguous()):
+        weight = weight.contiguous()  # other layouts are multiplied by loops
+    found: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return found
+
+
+class Linear(nn.Linear):
+    """torch's linear layer with the products of this file."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if torch.is_autocast_enabled(input.device.type) or self.weight.dtype != torch.float32:
+            return super().forward(input)
+        return linear(input.flatten(0, -2), self.weight, self.bias).unflatten(0, input.shape[:-1])
+
+
+def install(model: Any) -> None:
+    """Let a model's plain linear layers multiply with `linear`, where that is another product than torch's."""
+    if prefers_onednn():
+        for layer in model.modules():
+            if type(layer) is nn.Linear:
+                layer.__class__ = Linear
+
+
+class _Linear(torch.autograd.Function):
+    """`linear` by oneDNN, which has no gradient of its own."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(x, weight)
+        return _onednn(x, weight, bias)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        x, weight = ctx.saved_tensors
+        return (
+            times(grad, weight) if ctx.needs_input_grad[0] else None,
+            outer(grad, x) if ctx.needs_input_grad[1] else None,
+            grad.sum(0) if ctx.needs_input_grad[2] else None,
+        )

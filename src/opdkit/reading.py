@@ -23,21 +23,21 @@ from transformers.integrations.sdpa_attention import repeat_kv
 from opdkit.layers import angles, rms_norm, turn, written_out
 from opdkit.models import LanguageModel
 from opdkit.packing import NAME, TRIAL, Pack, Text, attend, pack
+from opdkit.products import rounded
 
 SHORT = 64  # tokens of a row up to which attention is formed by batched products
 
 
 @dataclass(frozen=True)
 class Padded:
-    """Rows padded on the right; every trained token is an end."""
+    """Rows padded on the right; every trained token is an end, and then some zeros are that nobody reads."""
 
     ids: Int[Tensor, " M"]
     positions: Int[Tensor, " M"]
-    ends: Int[Tensor, " n"]
+    ends: Int[Tensor, " E"]
     shape: tuple[int, int]  # B, T
-    slots: Int[Tensor, " n"]  # where each end stands in a grid [B, Q]
+    slots: Int[Tensor, " n"]  # where each trained token stands in a grid [B, Q]
     mask: Bool[Tensor, "B 1 Q T"]
-    chosen: None = None
 
     @classmethod
     def of(cls, rows: Sequence[Sequence[int]], read: Sequence[Sequence[int]], device: torch.device) -> "Padded":
@@ -49,6 +49,7 @@ class Padded:
         slots = torch.nonzero(there.flatten()).squeeze(1).to(device)
         columns = torch.arange(width, device=device)
         ends = (places + width * torch.arange(len(rows), device=device)[:, None]).flatten()[slots]
+        ends = F.pad(ends, (0, rounded(len(ends)) - len(ends)))
         positions = columns.repeat(len(rows))
         return cls(ids.flatten(), positions, ends, (len(rows), width), slots, (columns <= places[..., None])[:, None])
 
@@ -57,7 +58,8 @@ class Padded:
         key, value = (repeat_kv(t.unflatten(0, self.shape).transpose(1, 2), share) for t in (k, v))
         grid = q
         if last:
-            grid = q.new_zeros(self.shape[0] * self.mask.shape[2], *q.shape[1:]).index_copy(0, self.slots, q)
+            grid = q.new_zeros(self.shape[0] * self.mask.shape[2], *q.shape[1:])
+            grid = grid.index_copy(0, self.slots, q[: len(self.slots)])
         query = grid.unflatten(0, (self.shape[0], -1)).transpose(1, 2)
         if self.shape[1] <= SHORT and (last or q.requires_grad):
             found = short_attention(query, key, value, self.mask if last else None, scale)
@@ -65,7 +67,12 @@ class Padded:
             mask = self.mask if last else None
             found = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=not last, scale=scale)
         flat = found.transpose(1, 2).flatten(0, 1).flatten(1)
-        return flat.index_select(0, self.slots) if last else flat
+        if not last:
+            return flat
+        return F.pad(flat.index_select(0, self.slots), (0, 0, 0, len(self.ends) - len(self.slots)))
+
+    def chosen(self, states: Float[Tensor, "E D"]) -> Float[Tensor, "n D"]:
+        return states[: len(self.slots)]
 
 
 def short_attention(
@@ -90,16 +97,19 @@ class Packed:
         self.ids, self.positions, self.ends = (t.to(device) for t in (found.ids[0], found.positions[0], found.ends))
         place = torch.zeros(found.ids.shape[1], dtype=torch.long)
         place[found.ends] = torch.arange(found.ends.shape[0])
-        self.chosen = place[found.rows].to(device)
+        self.places = place[found.rows].to(device)
         self.stretches = found.stretches, found.end_stretches
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, scale: float, last: bool) -> Float[Tensor, "q Hd"]:
         query, key, value = (t.transpose(0, 1)[None] for t in (q, k, v))
         return attend(query, key, value, self.stretches[last], scale)[0].transpose(0, 1).flatten(1)
 
+    def chosen(self, states: Float[Tensor, "E D"]) -> Float[Tensor, "n D"]:
+        return states.index_select(0, self.places)
 
-# Both have the tokens `ids` and `positions` [M], the `ends` [E], which of these the trained tokens read (`chosen`, None = each
-# in turn), and `attention` of all queries, or in the last layer those of the ends, to the keys of all: [M or E, heads, d].
+
+# Both have the tokens `ids` and `positions` [M], the `ends` [E], `attention` of all queries, or in the last layer those of the
+# ends, to the keys of all [M or E, heads, d], and the rows of the ends that the trained tokens read (`chosen`).
 Rows = Padded | Packed
 
 
@@ -132,7 +142,7 @@ def states(lm: LanguageModel, rows: Rows, kept: list[tuple[Tensor, Tensor]] | No
             recompute = layer.training and torch.is_grad_enabled() and getattr(layer, "gradient_checkpointing", False)
             x = layer._gradient_checkpointing_func(run, x) if recompute else run(x)
         x = rms_norm(x, base.norm.weight, eps)
-    return lm.extend(x if rows.chosen is None else x.index_select(0, rows.chosen))
+    return lm.extend(rows.chosen(x))
 
 
 def _layer(

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from opdkit.layers import angles, rms_norm, turn, written_out
 from opdkit.models import LanguageModel
-from opdkit.products import linear
+from opdkit.products import Linear, linear
 from opdkit.rollouts.cache import CACHE, BufferLayer, Part, make_cache, states_of
 
 JOINED = 2**18  # entries: larger matrices are not copied to be joined; their products outweigh the calls
@@ -98,7 +98,7 @@ class Body:
 
 def joined(modules: Sequence[Any], dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
     """A function that applies linear layers to one input and joins their outputs; modules of other classes are called."""
-    if not all(type(m) is nn.Linear for m in modules):
+    if not all(type(m) in (nn.Linear, Linear) for m in modules):
         return lambda x: torch.cat([m(x) for m in modules], -1)
     given: list[tuple[Tensor, Tensor | None]] = [(m.weight, m.bias) for m in modules]
     if len(given) > 1 and sum(w.numel() for w, _ in given) <= JOINED:
