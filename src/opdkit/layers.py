@@ -7,12 +7,15 @@ a handful of passes forward and backward. `written_out` says for which models th
 """
 
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 KNOWN = ("LlamaModel", "MistralModel", "Qwen2Model", "Qwen3Model")
+
+_tables: WeakKeyDictionary[Any, dict[tuple[torch.dtype, torch.device], Tensor]] = WeakKeyDictionary()
 
 
 def written_out(lm: Any) -> bool:
@@ -59,11 +62,22 @@ class _Norm(torch.autograd.Function):
         return found, factor @ product, None
 
 
-def angles(rotary: Any, like: Tensor, length: int) -> Float[Tensor, "length 2 d"]:
-    """cos and signed sin of every position below `length`, for `turn`."""
-    cos, sin = rotary(like, torch.arange(length, device=like.device)[None])
-    low, high = sin[0].chunk(2, -1)
-    return torch.stack([cos[0], torch.cat([-low, high], -1)], 1)
+@torch.no_grad()
+def angles(rotary: Any, like: Tensor, length: int) -> Float[Tensor, "C 2 d"]:
+    """cos and signed sin of every position below `length` and perhaps of some more, for `turn`.
+
+    They are the same at every step, so a module's table is kept, in the type and on the device of `like`.
+    """
+    tables = _tables.setdefault(rotary, {})
+    key = (like.dtype, like.device)
+    if key not in tables or tables[key].shape[0] < length:
+        some_more = length + length // 2
+        with torch.inference_mode(False):  # else no pass with a gradient could read it
+            positions = torch.arange(some_more, device=like.device)[None]
+            cos, sin = rotary(like.new_empty(1), positions)
+            low, high = sin[0].chunk(2, -1)
+            tables[key] = torch.stack([cos[0], torch.cat([-low, high], -1)], 1)
+    return tables[key]
 
 
 def turn(x: Float[Tensor, "M K d"], cos: Float[Tensor, "M 1 d"], sin: Float[Tensor, "M 1 d"]) -> Float[Tensor, "M K d"]:
