@@ -6,7 +6,7 @@ hidden states (with those that the head's low rank reads), K support size, P row
 Logits exist for one chunk of C rows at a time. The backward pass is written by hand: each chunk's logits are turned
 into their own gradient in place and contracted with the head at once, so no logits survive the forward pass and no
 matrix product is repeated. Elementwise work inside a chunk runs on small blocks of rows, so its temporaries stay in
-cache. Peak extra memory: 4 bytes x C x V, plus 2 x C x V for each teacher with support Full, plus the blocks.
+cache. Peak extra memory: 4 bytes x C x V, plus 1 to 2 x C x V for each teacher with support Full, plus the blocks.
 
 Left out: sharded (tensor-parallel) heads, second derivatives.
 """
@@ -31,6 +31,7 @@ __all__ = [
     "Head", "HeadRows", "RowScores", "RowTerm", "TableRows", "blocks", "chunks", "objective", "score_rows", "tail_of",
 ]  # fmt: skip
 
+TEACHER_ROWS = 96
 Teachers = dict[tuple[int, str | None], Tensor]  # (step, view) -> full-vocabulary log-probs [n, V]
 Rooms = dict[int, Tensor]  # memory for the log-probs of each teacher in turn
 
@@ -161,24 +162,30 @@ def _fused_gradient(
     from opdkit.kernels_triton import kl_rows
 
     values, coef = z.new_empty(z.shape[0]), term.coef * (head.scale / head.temperature)
-    for half in chunks(z.shape[0], max(1, (z.shape[0] + 1) // 2)):
-        teacher = _teachers([term], head, half, rooms, logits=True)[_view(term)]
-        values[half] = kl_rows(z[half], teacher, coef[half], reverse=loss.kind == "reverse_kl")
+    for part in chunks(z.shape[0], max(1, teacher_rows(z.shape[0]))):
+        teacher = _teachers([term], head, part, rooms, logits=True)[_view(term)]
+        values[part] = kl_rows(z[part], teacher, coef[part], reverse=loss.kind == "reverse_kl")
     return values
 
 
 def _sweep(
     z: Float[Tensor, "n V"], full: Sequence[RowTerm], head: Head, rooms: Rooms
 ) -> Iterator[tuple[slice, Teachers]]:
-    """Blocks of a chunk's rows with the teachers' log-probs on them, which exist for half a chunk at a time. Their
+    """Blocks of a chunk's rows with the teachers' log-probs on them, which exist for a part of the chunk at a time. Their
     products follow autocast, so the caller must not have switched it off."""
     n, width = z.shape
-    step = max(1, (n + 1) // 2) if any(t.loss.teacher is not None for t in full) else max(1, n)
-    for half in chunks(n, step):
-        teachers = _teachers(full, head, half, rooms)
-        for block in blocks(half.stop - half.start, width, z.device):
+    step = teacher_rows(n) if any(t.loss.teacher is not None for t in full) else n
+    for part in chunks(n, max(1, step)):
+        teachers = _teachers(full, head, part, rooms)
+        for block in blocks(part.stop - part.start, width, z.device):
             inside = {view: rows[block] for view, rows in teachers.items()}
-            yield slice(half.start + block.start, half.start + block.stop), inside
+            yield slice(part.start + block.start, part.start + block.stop), inside
+
+
+def teacher_rows(n: int) -> int:
+    """For how many of a chunk's n rows a teacher's log-probs exist at once: a quarter, but up to half where that is few,
+    because products of few rows are slow."""
+    return max((n + 3) // 4, min((n + 1) // 2, TEACHER_ROWS))
 
 
 def _is_full(term: RowTerm) -> bool:

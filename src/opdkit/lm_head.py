@@ -25,6 +25,8 @@ BLOCK_ENTRIES = 2**19  # elementwise block: 2 MiB of float32 stay in cache, and 
 DEVICE_BLOCK_ENTRIES = 2**24  # elsewhere: enough work for one kernel launch
 COLUMN_ENTRIES = 2**21  # of the weight in one product on the CPU: 8 MiB of float32 stay in cache, converted or not
 DEVICE_COLUMNS = 2**14  # ids of one product elsewhere, and only where precisions differ
+APART_ENTRIES = 2**20  # of a product that is formed apart: 4 MiB that stay in cache and in the allocator's hands
+OUTER_ENTRIES = 2**19  # of the weight's gradient formed at a time: a larger sum apart is no faster
 WIDE_SUM = 2**24  # multiplications from which a product that is formed apart and then added is worth it
 PARAMETERS = ("weight", "bias", "low_rank")  # the tensors of a head that can be trained
 
@@ -115,7 +117,10 @@ class Head:
     def _columns(self, hidden: Float[Tensor, "n H"]) -> Iterator[slice]:
         """The ids of each product."""
         if hidden.device.type == "cpu":
-            return chunks(self.size, max(1, COLUMN_ENTRIES // hidden.shape[1]))
+            most = COLUMN_ENTRIES // hidden.shape[1]
+            if prefers_onednn():  # its results are formed apart
+                most = min(most, APART_ENTRIES // max(1, hidden.shape[0]))
+            return chunks(self.size, max(1, most))
         dtype, sums = precision(hidden)
         direct = dtype == sums and all(t is None or t.dtype == dtype for t in (self.weight, self.low_rank))
         return chunks(self.size, self.size if direct else DEVICE_COLUMNS)
@@ -172,11 +177,14 @@ class Head:
 def _add_outer(
     total: Float[Tensor, "V k"], dz: Float[Tensor, "n V"], columns: Float[Tensor, "n k"], parts: list[slice]
 ) -> None:
-    """total += dz^T columns, in the precision of the products."""
+    """total += dz^T columns, in the precision of the products; `parts` are the ids of one product where it is converted."""
     dtype, sums = precision(columns)
     low = columns.to(dtype)
+    if dtype == sums:  # formed apart only where that is faster (`add_product`), and then in small parts
+        apart = prefers_onednn() and dz.device.type == "cpu"
+        parts = list(chunks(total.shape[0], max(1, OUTER_ENTRIES // total.shape[1]))) if apart else [slice(None)]
     with exact(dz):
-        for ids in [slice(None)] if dtype == sums and not prefers_onednn() else parts:
+        for ids in parts:
             add_product(total[ids], dz[:, ids].T.to(dtype), low)
 
 
