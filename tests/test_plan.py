@@ -17,17 +17,20 @@ from opdkit.config import ModelConfig, load_recipe, parse_recipe
 from opdkit.errors import ModelError, OpdkitError, RecipeError
 from opdkit.head import objective
 from opdkit.models import checkpoint_activations
+from opdkit.packing import enable
 from opdkit.plan import dry_run, plan
 from opdkit.plan.architectures import NF4, find_architecture, known_models, meta_model, parameter_bytes
 from opdkit.plan.hardware import GPUS, find_gpu
 from opdkit.plan.memory import Model, cache_bytes, capacities, chunk_bytes, record_bytes, signal_bytes
-from opdkit.plan.meter import held
+from opdkit.plan.meter import HEAP, held
 from opdkit.plan.rehearse import Rehearsal, _row_term
 from opdkit.plan.texts import PROBLEM, Lengths
+from opdkit.reading import agrees
 from opdkit.rollouts.body import make_body
 from opdkit.rollouts.decoder import Decoder
 from opdkit.rollouts.rollout import Rollout
 from opdkit.train.optimise import make_optimizer
+from opdkit.views.batches import Batch
 
 RECIPES = sorted((Path(__file__).parent.parent / "src/opdkit/recipes/gpu").glob("*.yaml"))
 SMALL = BASE | dict(hidden_size=96, intermediate_size=256, num_hidden_layers=5, head_dim=32, num_attention_heads=4)
@@ -165,6 +168,37 @@ def test_an_update_allocates_what_its_rehearsal_says(small, kind, precision, che
     assert planned == pytest.approx(allocated(real), rel=0.06 if checkpointing and precision == "bf16" else 0.03)
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("packed", [False, True])
+def test_texts_that_the_layers_written_out_read_allocate_what_their_rehearsal_says(small, packed, checkpointing):
+    found, lm = small("qwen3", **SMALL | {"vocab_size": 256})
+    found.config.vocab_size = 256
+    lm._vocab = 256
+    lm.packs = enable(lm.model)
+    lm.reads = agrees(lm)
+    assert lm.packs and lm.reads
+    lm.model.train()
+    if checkpointing:
+        checkpoint_activations(lm.model)
+    for p in lm.model.parameters():
+        p.grad = torch.zeros_like(p)
+    texts = [Rollout(PROBLEM, (i % 2,) + (0,) * 70, (0,) * 32, "", i, "length") for i in (0, 0, 1, 1)]
+
+    def real():
+        hidden = Batch(tuple(range(4)), packed).states(lm, texts)
+        loss, _ = objective(hidden[:4], lm.head(), [_row_term(4)])
+        del hidden
+        loss.backward()
+
+    real()  # what is made once
+    planned = Rehearsal(found, reads=True, cuda=False)
+    plain = Rehearsal(found, cuda=False)
+    needed = allocated(real)
+    ours, theirs = (r.update(texts, packed, 0, checkpointing) / HEAP for r in (planned, plain))
+    assert ours == pytest.approx(needed, rel=0.05)
+    assert checkpointing or ours < 0.95 * theirs
+
+
 def test_gradients_that_an_update_makes_count_in_its_pass(small):
     found, lm = small("llama", **SMALL)
     texts = [Rollout(PROBLEM, (0,) * 6, (0,) * 5, "", 0, "length")]
@@ -173,9 +207,10 @@ def test_gradients_that_an_update_makes_count_in_its_pass(small):
     assert weights < made < weights + given  # what the forward pass saved is freed while they are made
 
 
-def test_the_depth_is_extrapolated_exactly(small, monkeypatch):
+@pytest.mark.parametrize("reads", [False, True])
+def test_the_depth_is_extrapolated_exactly(small, monkeypatch, reads):
     found, _ = small("qwen3", **SMALL | {"num_hidden_layers": 9})
-    r = Rehearsal(found)
+    r = Rehearsal(found, reads=reads)
     texts = [Rollout(PROBLEM, (0,) * 21, (0,) * 20, "", i, "length") for i in range(2)]
 
     def ask():
@@ -186,7 +221,7 @@ def test_the_depth_is_extrapolated_exactly(small, monkeypatch):
 
     few = ask()
     monkeypatch.setattr("opdkit.plan.rehearse._MEASURED", {})
-    monkeypatch.setattr("opdkit.plan.rehearse._by_depth", lambda a, measure, grows: max(measure(a.layers)))
+    monkeypatch.setattr("opdkit.plan.rehearse._by_depth", lambda a, measure, *_: max(measure(a.layers)))
     assert few == ask()
 
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from opdkit import products
+from opdkit import lm_head, products
 from opdkit.head import Head
-from opdkit.products import FEW, LEAST, few, linear
+from opdkit.products import FEW, LEAST, Linear, few, install, linear, outer, rounded, times, wide
 
 
 @pytest.mark.parametrize("rows", [0, 1, 2, 3, FEW, FEW + 1])
@@ -40,3 +40,94 @@ def test_a_heads_logits_do_not_depend_on_it(rows, monkeypatch):
     h = torch.randn(rows, 8, generator=generator, dtype=torch.float64)
     raw = 0.5 * (h @ torch.cat([w, low], 1)[:47].T + w[:47, 0])
     torch.testing.assert_close(head.logits(h), 3 * torch.tanh(raw / 3) / 0.7, rtol=0, atol=1e-12)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# oneDNN
+
+WITH_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+needs_onednn = pytest.mark.skipif(not WITH_ONEDNN, reason="this torch has no oneDNN")
+
+
+@pytest.fixture(params=[False, True], ids=["torch", "onednn"])
+def preferred(request, monkeypatch) -> bool:
+    """Whether products of any size are oneDNN's."""
+    if request.param and not WITH_ONEDNN:
+        pytest.skip("this torch has no oneDNN")
+    for module in (products, lm_head):
+        monkeypatch.setattr(module, "prefers_onednn", lambda: request.param)
+    for name in ("WIDE_PRODUCT", "WIDE_OUTER", "WIDE_ROWS"):
+        monkeypatch.setattr(products, name, 1)
+    monkeypatch.setattr(lm_head, "WIDE_SUM", 1)
+    monkeypatch.setattr(products.wide, "__defaults__", (1,))
+    return bool(request.param)
+
+
+def whole(*shape: int, seed: int = 0) -> torch.Tensor:
+    """Small whole numbers, whose products are exact in float32 whatever the order."""
+    return torch.randint(-4, 5, shape, generator=torch.Generator().manual_seed(seed)).float()
+
+
+@pytest.mark.parametrize("sizes", [(5, 7, 3), (70, 33, 129), (1, 4, 2)])
+def test_products_are_exact(sizes, preferred):
+    n, k, v = sizes
+    x, w, g = whole(n, k), whole(v, k, seed=1), whole(n, v, seed=2)
+    assert torch.equal(linear(x, w), x @ w.T) and torch.equal(linear(x, w, w[:, 0]), x @ w.T + w[:, 0])
+    assert torch.equal(times(g, w), g @ w)
+    assert torch.equal(outer(g, x), g.T @ x) and torch.equal(outer(x, g), x.T @ g)
+
+
+def test_layouts_do_not_matter(preferred):
+    x, w = whole(9, 40), whole(40, 60, seed=1)
+    assert torch.equal(times(x[:, 4:20], w[4:20, 3:50]), x[:, 4:20] @ w[4:20, 3:50])
+    assert torch.equal(outer(w[:, 5:9], w[:, 20:50]), w[:, 5:9].T @ w[:, 20:50])
+    assert torch.equal(linear(w.T[:50], x), w.T[:50] @ x.T)
+
+
+@pytest.mark.parametrize("frozen", [(), ("weight",), ("x",), ("bias",)])
+def test_gradients_are_torchs(frozen, preferred):
+    tensors = {"x": whole(12, 6), "weight": whole(8, 6, seed=1), "bias": whole(8, seed=2)}
+    grads = []
+    for multiply in (linear, F.linear):
+        given = {name: t.clone().requires_grad_(name not in frozen) for name, t in tensors.items()}
+        (multiply(*given.values()) * whole(12, 8, seed=3)).sum().backward()
+        grads.append([t.grad for t in given.values()])
+    for found, expected in zip(*grads, strict=True):
+        assert (found is None) == (expected is None) and (found is None or torch.equal(found, expected))
+
+
+def test_a_layer_reads_any_number_of_axes(preferred):
+    model = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.Linear(5, 4, bias=False))
+    x = torch.randn(2, 3, 6)
+    expected = model(x)
+    install(model)
+    assert all(type(layer) is (Linear if preferred else torch.nn.Linear) for layer in model)
+    torch.testing.assert_close(model(x), expected)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model(x).dtype == torch.bfloat16
+    torch.testing.assert_close(model.double()(x.double()).float(), expected)
+
+
+def test_what_onednn_is_asked_for(monkeypatch):
+    monkeypatch.setattr(products, "prefers_onednn", lambda: True)
+    large = torch.zeros(2048, 64)
+    assert wide(large, 64) and not wide(large, 8)  # 2^23 and 2^20 multiplications
+    assert not wide(large.double(), 64) and not wide(large.bfloat16(), 64) and not wide(large.to("meta"), 64)
+    assert not wide(torch.zeros(2, 2**16), 64)  # turned round instead
+    assert few(torch.zeros(2, 2**16), torch.zeros(64, 2**16)) and not few(torch.zeros(4, 2**16), torch.zeros(64, 2**16))
+    assert (rounded(255), rounded(256), rounded(257), rounded(640)) == (255, 256, 320, 640)
+    monkeypatch.setattr(products, "prefers_onednn", lambda: False)
+    assert not wide(large, 64) and rounded(257) == 257
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_the_head_has_the_gradients_of_autograd(frozen, preferred):
+    h, w = torch.randn(9, 6).requires_grad_(), torch.randn(50, 6).requires_grad_(not frozen)
+    head, dz = Head(w, vocab=47), torch.randn(9, 47)
+    (h @ w[:47].T * dz).sum().backward()
+    torch.testing.assert_close(head.logits(h.detach()), (h @ w[:47].T).detach())
+    torch.testing.assert_close(head.hidden_gradient(dz, h.detach()), h.grad)
+    if not frozen:
+        total = torch.zeros(50, 6)
+        head.add_gradients(total, None, None, dz, h.detach())
+        torch.testing.assert_close(total, w.grad)

@@ -6,7 +6,6 @@ it. Left out: other types, devices and processors, where these are torch's produ
 """
 
 import platform
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -73,21 +72,9 @@ def rounded(rows: int) -> int:
     return rows + (-rows % 64 if rows >= 256 and prefers_onednn() else 0)
 
 
-@cache
 def prefers_onednn() -> bool:
-    """Whether float32 products are faster with oneDNN: MKL is torch's library and the processor AMD's with AVX-512.
-
-    torch calls it by a private name, so a small product is tried first.
-    """
-    neglected = torch.backends.mkl.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512"
-    if not neglected or not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
-        return False
-    cpuinfo = Path("/proc/cpuinfo")
-    processor = platform.processor() + (cpuinfo.read_text(encoding="utf-8") if cpuinfo.is_file() else "")
-    if "AuthenticAMD" not in processor:
-        return False
-    a, b = torch.arange(6.0).view(2, 3), torch.arange(12.0).view(4, 3)
-    return torch.equal(_onednn(a, b), a @ b.T)
+    """Whether float32 products are faster with oneDNN: MKL is torch's library and the processor AMD's with AVX-512."""
+    return NEGLECTED
 
 
 def _onednn(x: Float[Tensor, "n k"], weight: Float[Tensor, "v k"], bias: Tensor | None = None) -> Float[Tensor, "n v"]:
@@ -131,3 +118,19 @@ class _Linear(torch.autograd.Function):
             outer(grad, x) if ctx.needs_input_grad[1] else None,
             grad.sum(0) if ctx.needs_input_grad[2] else None,
         )
+
+
+def _neglected() -> bool:
+    """torch calls oneDNN by a private name, so a small product is tried first."""
+    with_mkl = torch.backends.mkl.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512"
+    if not with_mkl or not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        return False
+    cpuinfo = Path("/proc/cpuinfo")
+    processor = platform.processor() + (cpuinfo.read_text(encoding="utf-8") if cpuinfo.is_file() else "")
+    if "AuthenticAMD" not in processor:
+        return False
+    a, b = torch.arange(6.0).view(2, 3), torch.arange(12.0).view(4, 3)
+    return torch.equal(_onednn(a, b), a @ b.T)
+
+
+NEGLECTED = _neglected()  # asked once, before anybody plans with tensors that hold no numbers

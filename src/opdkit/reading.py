@@ -45,8 +45,7 @@ class Padded:
         width, most = max(map(len, rows)), max(1, *map(len, read))
         ids = torch.tensor([[*row, *[0] * (width - len(row))] for row in rows], device=device)
         places = torch.tensor([[*at, *[0] * (most - len(at))] for at in read], device=device)  # [B, Q]
-        there = torch.arange(most) < torch.tensor([len(at) for at in read])[:, None]
-        slots = torch.nonzero(there.flatten()).squeeze(1).to(device)
+        slots = torch.tensor([row * most + i for row, at in enumerate(read) for i in range(len(at))], device=device)
         columns = torch.arange(width, device=device)
         ends = (places + width * torch.arange(len(rows), device=device)[:, None]).flatten()[slots]
         ends = F.pad(ends, (0, rounded(len(ends)) - len(ends)))
@@ -172,17 +171,23 @@ def _layer(
 # Which models
 
 
-@torch.no_grad()
-def agrees(lm: LanguageModel) -> bool:
-    """Whether the layers written out read padded and packed rows as the model's own pass reads single ones."""
+def readable(lm: LanguageModel, attentions: Sequence[str] = ("sdpa", NAME)) -> bool:
+    """Whether a model is built as the layers written out are; `attentions` are transformers' names of theirs."""
     config = lm.config
-    plain = set(getattr(config, "layer_types", None) or ["full_attention"]) == {"full_attention"}
-    plain = plain and not getattr(config, "sliding_window", None) and config._attn_implementation in ("sdpa", NAME)
-    if not plain or not written_out(lm) or lm.model.dtype not in (torch.float32, torch.float64):
+    if set(getattr(config, "layer_types", None) or ["full_attention"]) != {"full_attention"}:
+        return False
+    if getattr(config, "sliding_window", None) or config._attn_implementation not in attentions or not written_out(lm):
         return False
     if getattr(lm.model, "is_quantized", False):  # its kernels take the shapes that transformers gives them
         return False
-    if float(getattr(config, "attention_dropout", None) or 0.0) or config.vocab_size < 8:
+    dropout = float(getattr(config, "attention_dropout", None) or 0.0)
+    return lm.model.dtype in (torch.float32, torch.float64) and not dropout and config.vocab_size >= 8
+
+
+@torch.no_grad()
+def agrees(lm: LanguageModel) -> bool:
+    """Whether the layers written out read padded and packed rows as the model's own pass reads single ones."""
+    if not readable(lm):
         return False
     single = [torch.tensor([[*t.prompt_ids, *t.response_ids[:-1]]], device=lm.device) for t in TRIAL]
     own = [lm.hidden(ids)[0, len(t.prompt_ids) - 1 :] for ids, t in zip(single, TRIAL, strict=True)]

@@ -170,7 +170,8 @@ class Job:
 
     def rehearsal(self, model: Model) -> Rehearsal:
         lora = self.recipe.lora if model is self.student else None
-        return Rehearsal(model.architecture, self.recipe.train.precision, lora, self.cuda)
+        alone = self.gpus == 1 or model is not self.student  # else accelerate's wrapper calls transformers' pass
+        return Rehearsal(model.architecture, self.recipe.train.precision, lora, self.cuda, model.reads and alone)
 
 
 def cache_bytes(

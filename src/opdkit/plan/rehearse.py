@@ -24,6 +24,7 @@ from opdkit.packing import NAME as PACKED
 from opdkit.packing import packed_attention
 from opdkit.plan.architectures import Architecture, build, planning_attention, shallow
 from opdkit.plan.meter import CHURNED, HEAP, Meter
+from opdkit.reading import readable
 from opdkit.rollouts.rollout import Rollout
 from opdkit.step import Layout, Step
 from opdkit.views.batches import Batch
@@ -41,6 +42,7 @@ class Rehearsal:
     precision: str = "fp32"
     lora: LoraConfig | None = None
     cuda: bool = True  # else the CPU's way, where the engine has two
+    reads: bool = False  # whether texts go through the layers written out, where the model is built like them
 
     def read(self, rows: int, tokens: int) -> int:
         """Peak bytes of a pass without gradient over [B, T] tokens, as prompts are read."""
@@ -121,7 +123,7 @@ class Rehearsal:
                 layers, _attention(packed), train=True, checkpointing=checkpointing, gradients=not only
             )
             with opened as lm, self._meter(lm) as meter:
-                _mark_half_way_back(lm.model, layers, meter)
+                _mark_half_way_back(lm, layers, meter)
                 hidden = Batch(tuple(range(len(texts))), packed).states(lm, texts)
                 meter.mark()
                 loss, _ = objective(hidden[:ROWS], lm.head(), [_row_term(min(ROWS, trained))])
@@ -135,14 +137,14 @@ class Rehearsal:
 
     def _peak(self, what: tuple[Any, ...], measure: Callable[[int], list[int]], *, grows: bool = True) -> int:
         """The peak at full depth; a pass that keeps nothing of its layers does not grow with their number."""
-        found: int = self._once(what, lambda: _by_depth(self.architecture, measure, grows))
+        found: int = self._once(what, lambda: _by_depth(self.architecture, measure, grows, 2 + self.reads))
         return found
 
     def _once(self, what: tuple[Any, ...], look: Callable[[], Any]) -> Any:
         """The answer to a question, looked up once."""
         a = self.architecture
         model = (a.config.to_json_string(use_diff=False), a.settings.dtype, a.settings.attn, a.vocab)
-        key = (repr((model, self.precision, self.lora, self.cuda)), *what)
+        key = (repr((model, self.precision, self.lora, self.cuda, self.reads)), *what)
         if key not in _MEASURED:
             _MEASURED[key] = look()
         return _MEASURED[key]
@@ -170,6 +172,7 @@ class Rehearsal:
                 from opdkit.lora import attach
 
                 lm.adapters = attach(model, self.lora, "", name="student", seed=0)
+            lm.reads = self.reads and readable(lm, (FUSED, "sdpa", PACKED))
         if checkpointing:
             checkpoint_activations(model)
         with FakeTensorMode():
@@ -194,11 +197,12 @@ class Rehearsal:
         return torch.autocast("cpu", dtype, enabled=self.precision != "fp32")
 
 
-def _by_depth(architecture: Architecture, measure: Callable[[int], list[int]], grows: bool) -> int:
-    """The peak at the full depth, from two small depths: each segment's peak is linear in the number of layers."""
+def _by_depth(architecture: Architecture, measure: Callable[[int], list[int]], grows: bool, least: int) -> int:
+    """The peak at the full depth, from two small depths: each segment's peak is linear in the number of layers, from
+    `least` on. (A last layer that is cheaper than the others must not be the middle one.)"""
     types = getattr(architecture.text, "layer_types", None) or [""]
     period = next(p for p in range(1, len(types) + 1) if all(t == types[i % p] for i, t in enumerate(types)))
-    layers, few = architecture.layers, max(2, period)
+    layers, few = architecture.layers, max(least, period)
     if not grows or layers <= few + period:
         return max(measure(layers if grows else min(few, layers)))
     low, high = measure(few), measure(few + period)
@@ -206,19 +210,20 @@ def _by_depth(architecture: Architecture, measure: Callable[[int], list[int]], g
     return int(max(a + slope * (layers - few) for a, slope in zip(low, slopes, strict=True)))
 
 
-def _mark_half_way_back(model: Any, layers: int, meter: Meter) -> None:
+def _mark_half_way_back(lm: LanguageModel, layers: int, meter: Meter) -> None:
     """Start a segment when the backward pass has reached the middle layer.
 
     Before it the peak grows with all that the forward pass saved, after it with what is never freed.
     """
-    blocks = next(m for m in model.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == layers)
+    blocks = next(m for m in lm.model.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == layers)
     once = iter([meter.mark])  # a checkpointed layer runs twice
 
     def watch(module: Any, args: Any) -> None:
         if args[0].requires_grad:
             args[0].register_hook(lambda _: next(once, lambda: None)())
 
-    blocks[layers // 2].register_forward_pre_hook(watch)
+    middle: Any = blocks[layers // 2]
+    (middle.mlp if lm.reads else middle).register_forward_pre_hook(watch)  # layers written out call no more of a layer
 
 
 def _to_fake(model: Any) -> None:
