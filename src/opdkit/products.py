@@ -88,7 +88,7 @@ class Linear(nn.Linear):
     """torch's linear layer with the products of this file."""
 
     def forward(self, input: Tensor) -> Tensor:
-        if torch.is_autocast_enabled(input.device.type) or self.weight.dtype != torch.float32:
+        if torch.is_autocast_enabled(input.device.type) or self.weight.dtype != torch.float32 or input.dim() < 2:
             return super().forward(input)
         return linear(input.flatten(0, -2), self.weight, self.bias).unflatten(0, input.shape[:-1])
 
