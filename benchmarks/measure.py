@@ -116,6 +116,13 @@ def write(
     return path
 
 
+def known(name: str) -> Any:
+    """The raw numbers that were written before, on this machine with these versions; None where there are none."""
+    path = RESULTS / f"{name}.json" if DEVICE == "cpu" else RESULTS / f"{name}-{DEVICE}.json"
+    written = json.loads(path.read_text()) if path.is_file() else {}
+    return written["raw"] if written.get("machine") == machine() else None
+
+
 def machine() -> dict[str, Any]:
     """Processor, cores and versions: what a reader needs to compare numbers."""
     gpu = {} if DEVICE == "cpu" else {"gpu": in_child(1, torch.cuda.get_device_name), "cuda": torch.version.cuda}

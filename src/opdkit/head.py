@@ -31,7 +31,7 @@ __all__ = [
     "Head", "HeadRows", "RowScores", "RowTerm", "TableRows", "blocks", "chunks", "objective", "score_rows", "tail_of",
 ]  # fmt: skip
 
-TEACHER_ROWS = 96
+TEACHER_ROWS = 40
 Teachers = dict[tuple[int, str | None], Tensor]  # (step, view) -> full-vocabulary log-probs [n, V]
 Rooms = dict[int, Tensor]  # memory for the log-probs of each teacher in turn
 

@@ -33,7 +33,12 @@ def rms_norm(x: Float[Tensor, "*rows D"], weight: Float[Tensor, "*K D"], eps: Te
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
         found: Tensor = _Norm.apply(x, weight, eps)  # type: ignore[no-untyped-call]
         return found
-    return (x * _scale(x, eps)).to(x.dtype) * weight
+    return _weighted(x, weight, _scale(x, eps))
+
+
+def _weighted(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    found = (x * scale).to(x.dtype)
+    return found.mul_(weight) if weight.dtype == x.dtype else found * weight
 
 
 def _scale(x: Tensor, eps: Tensor) -> Tensor:
@@ -49,7 +54,7 @@ class _Norm(torch.autograd.Function):
     def forward(ctx, x, weight, eps):  # type: ignore[no-untyped-def]
         scale = _scale(x, eps)
         ctx.save_for_backward(x, weight, scale)
-        return (x * scale).to(x.dtype) * weight
+        return _weighted(x, weight, scale)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -85,14 +90,14 @@ def turn(x: Float[Tensor, "M K d"], cos: Float[Tensor, "M 1 d"], sin: Float[Tens
     if torch.is_grad_enabled() and x.requires_grad:
         found: Tensor = _Turn.apply(x, cos, sin)  # type: ignore[no-untyped-call]
         return found
-    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
+    return (x * cos).addcmul_(x.roll(x.shape[-1] // 2, -1), sin)
 
 
 class _Turn(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, cos, sin):  # type: ignore[no-untyped-def]
         ctx.save_for_backward(cos, sin)
-        return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
+        return (x * cos).addcmul_(x.roll(x.shape[-1] // 2, -1), sin)
 
     @staticmethod
     @torch.autograd.function.once_differentiable

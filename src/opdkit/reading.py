@@ -45,7 +45,7 @@ class Padded:
         width, most = max(map(len, rows)), max(1, *map(len, read))
         ids = torch.tensor([[*row, *[0] * (width - len(row))] for row in rows], device=device)
         places = torch.tensor([[*at, *[0] * (most - len(at))] for at in read], device=device)  # [B, Q]
-        slots = torch.tensor([row * most + i for row, at in enumerate(read) for i in range(len(at))], device=device)
+        slots = torch.tensor([row * most + i for row, at in enumerate(read) for i in range(len(at))]).long().to(device)
         columns = torch.arange(width, device=device)
         ends = (places + width * torch.arange(len(rows), device=device)[:, None]).flatten()[slots]
         ends = F.pad(ends, (0, rounded(len(ends)) - len(ends)))
@@ -60,7 +60,7 @@ class Padded:
             grid = q.new_zeros(self.shape[0] * self.mask.shape[2], *q.shape[1:])
             grid = grid.index_copy(0, self.slots, q[: len(self.slots)])
         query = grid.unflatten(0, (self.shape[0], -1)).transpose(1, 2)
-        if self.shape[1] <= SHORT and (last or q.requires_grad):
+        if self.shape[1] <= SHORT:
             found = short_attention(query, key, value, self.mask if last else None, scale)
         else:
             mask = self.mask if last else None
@@ -80,7 +80,7 @@ def short_attention(
 ) -> Float[Tensor, "B H Q d"]:  # fmt: skip
     """softmax(scale q k^T) v by batched products, causal without a mask.
 
-    With rows this short the fused kernel spends its time on blocks of one row and head; its backward pass most of all.
+    With rows this short the fused kernel spends its time on blocks of one row and head, forward and backward.
     """
     seen = q.new_ones(q.shape[2], k.shape[2], dtype=torch.bool).tril() if mask is None else mask
     bias = q.new_zeros(seen.shape).masked_fill_(~seen, -torch.inf)

@@ -43,10 +43,11 @@ class Buffer:
         start, stop = self.length, self.length + new[0].shape[2]
         if stop > self.room[0].shape[2]:
             self._move(torch.arange(self.rows, device=new[0].device), stop)
-        for buffer, states in zip(self.room, new, strict=True):
-            buffer[: self.rows, :, start:stop] = states
+        live = self.room if self.rows == self.room[0].shape[0] else [b.narrow(0, 0, self.rows) for b in self.room]
+        for buffer, states in zip(live, new, strict=True):
+            buffer.narrow(2, start, stop - start).copy_(states)
         self.length = stop
-        return self.views()
+        return [buffer.narrow(2, 0, stop) for buffer in live]
 
     def views(self) -> list[Tensor]:
         return [buffer[: self.rows, :, : self.length] for buffer in self.room]

@@ -278,17 +278,20 @@ class _Wave:
             record.add(live, *drawn, *([first.hidden] if self.keep.hidden else []))
             tokens = drawn.tokens
             done = is_eos[tokens]
-            ended.update(live[done].tolist())
+            if bool(done.any()):
+                ended.update(live[done].tolist())
             if how.stop:
                 done |= stopping.completed(live, tokens, done)
             if uneven:
                 done |= limits[live] <= t + 1
-            last = t + 1 == how.max_new_tokens or bool(done.all())
+            count = int(done.sum())
+            last = t + 1 == how.max_new_tokens or count == len(live)
             if reader is not None and (last or (t + 1) % reader.every == 0):
                 done |= reader.look(record.newest(t % reader.every + 1), live, done | last)
-            if last or bool(done.all()):
+                count = int(done.sum())
+            if last or count == len(live):
                 break
-            order = compaction(done) if bool(done.any()) else None
+            order = compaction(done) if count else None
             if order is not None:
                 live, tokens = live[order], tokens[order]
             for decoder in decoders:
