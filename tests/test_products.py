@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from opdkit import lm_head, products
 from opdkit.head import Head
-from opdkit.products import FEW, LEAST, Linear, few, install, linear, outer, rounded, times, wide
+from opdkit.products import FEW, LEAST, Linear, few, install, linear, outer, pieces, rounded, times, wide
 
 
 @pytest.mark.parametrize("rows", [0, 1, 2, 3, FEW, FEW + 1])
@@ -46,7 +46,6 @@ def test_a_heads_logits_do_not_depend_on_it(rows, monkeypatch):
 # oneDNN
 
 WITH_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-needs_onednn = pytest.mark.skipif(not WITH_ONEDNN, reason="this torch has no oneDNN")
 
 
 @pytest.fixture(params=[False, True], ids=["torch", "onednn"])
@@ -58,6 +57,7 @@ def preferred(request, monkeypatch) -> bool:
         monkeypatch.setattr(module, "prefers_onednn", lambda: request.param)
     for name in ("WIDE_PRODUCT", "WIDE_OUTER", "WIDE_ROWS"):
         monkeypatch.setattr(products, name, 1)
+    monkeypatch.setattr(lm_head, "WIDE_OUTER", 1)
     monkeypatch.setattr(lm_head, "WIDE_SUM", 1)
     monkeypatch.setattr(products.wide, "__defaults__", (1,))
     return bool(request.param)
@@ -68,7 +68,7 @@ def whole(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randint(-4, 5, shape, generator=torch.Generator().manual_seed(seed)).float()
 
 
-@pytest.mark.parametrize("sizes", [(5, 7, 3), (70, 33, 129), (1, 4, 2)])
+@pytest.mark.parametrize("sizes", [(5, 7, 3), (70, 33, 129), (1, 4, 2), (1000, 5, 9)])
 def test_products_are_exact(sizes, preferred):
     n, k, v = sizes
     x, w, g = whole(n, k), whole(v, k, seed=1), whole(n, v, seed=2)
@@ -106,6 +106,13 @@ def test_a_layer_reads_any_number_of_axes(preferred):
     with torch.autocast("cpu", torch.bfloat16):
         assert model(x).dtype == torch.bfloat16
     torch.testing.assert_close(model.double()(x.double()).float(), expected)
+
+
+@pytest.mark.parametrize("n", [1, 63, 64, 100, 512, 1000, 1792, 2049])
+def test_rows_go_in_pieces_of_few_sizes(n):
+    found = list(pieces(n))
+    assert [i for p in found for i in range(p.start, p.stop)] == list(range(n))
+    assert all(p.stop - p.start in (64, 128, 256, 512) for p in found[:-1]) and found[-1].stop - found[-1].start <= 512
 
 
 def test_what_onednn_is_asked_for(monkeypatch):

@@ -18,7 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from opdkit.errors import ModelError, RecipeError
-from opdkit.products import few, linear, prefers_onednn, times, wide
+from opdkit.products import WIDE_OUTER, few, linear, outer, prefers_onednn, times, wide
 
 CHUNK_ENTRIES = 2**24  # logits of one chunk when none is asked for: 64 MiB of float32
 BLOCK_ENTRIES = 2**19  # elementwise block: 2 MiB of float32 stay in cache, and are worth waking all threads for
@@ -119,7 +119,7 @@ class Head:
         if hidden.device.type == "cpu":
             most = COLUMN_ENTRIES // hidden.shape[1]
             if prefers_onednn():  # its results are formed apart
-                most = min(most, APART_ENTRIES // max(1, hidden.shape[0]))
+                most = min(most, APART_ENTRIES >> (hidden.shape[0] - 1).bit_length())  # few widths (products.pieces)
             return chunks(self.size, max(1, most))
         dtype, sums = precision(hidden)
         direct = dtype == sums and all(t is None or t.dtype == dtype for t in (self.weight, self.low_rank))
@@ -180,19 +180,23 @@ def _add_outer(
     """total += dz^T columns, in the precision of the products; `parts` are the ids of one product where it is converted."""
     dtype, sums = precision(columns)
     low = columns.to(dtype)
-    if dtype == sums:  # formed apart only where that is faster (`add_product`), and then in small parts
-        apart = prefers_onednn() and dz.device.type == "cpu"
+    apart = dtype == torch.float32 and prefers_onednn() and dz.device.type == "cpu"
+    if dtype == sums:  # formed apart only where that is faster, and then in small parts
         parts = list(chunks(total.shape[0], max(1, OUTER_ENTRIES // total.shape[1]))) if apart else [slice(None)]
     with exact(dz):
         for ids in parts:
-            add_product(total[ids], dz[:, ids].T.to(dtype), low)
+            if apart and wide(dz[:, ids].T, low.shape[1], WIDE_OUTER):
+                total[ids] += outer(dz[:, ids], low)
+            else:
+                add_product(total[ids], dz[:, ids].T.to(dtype), low, direct=True)
 
 
 def add_product(
-    total: Float[Tensor, "m n"], a: Float[Tensor, "m k"], b: Float[Tensor, "k n"], fresh: bool = False
-) -> None:
-    """total += a b, in place; `fresh`: total = a b, whatever was there."""
-    if a.dtype == total.dtype and wide(a, b.shape[1], WIDE_SUM):
+    total: Float[Tensor, "m n"], a: Float[Tensor, "m k"], b: Float[Tensor, "k n"], fresh: bool = False,
+    direct: bool = False,
+) -> None:  # fmt: skip
+    """total += a b, in place; `fresh`: total = a b, whatever was there; `direct`: never formed apart."""
+    if not direct and a.dtype == total.dtype and wide(a, b.shape[1], WIDE_SUM):
         found = times(a, b)
         total.copy_(found) if fresh else total.add_(found)
     elif a.dtype == total.dtype:

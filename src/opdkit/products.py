@@ -5,7 +5,9 @@ half of their width; oneDNN, which torch carries for other types and uses for fl
 it. Left out: other types, devices and processors, where these are torch's products.
 """
 
+import os
 import platform
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,11 @@ LEAST = 2**17  # entries of a weight for which turning the product pays: below, 
 WIDE_ROWS = 3  # from which oneDNN is at least as fast as a turned product
 WIDE_PRODUCT = 2**22  # multiplications: a shape seen for the first time costs oneDNN 0.4 ms, every call 10 microseconds
 WIDE_OUTER = 2**25  # the same where the sum runs over many rows
+SHAPES = 64  # that oneDNN keeps, half a megabyte of code each; its own default is 1,024. A step of a small model has 40
+ROWS, LEAST_ROWS = (
+    512,
+    64,
+)  # of the pieces in which oneDNN is given many rows: powers of two, and what is left at the end
 
 
 def linear(x: Float[Tensor, "n k"], weight: Float[Tensor, "v k"], bias: Tensor | None = None) -> Float[Tensor, "n v"]:
@@ -33,7 +40,7 @@ def linear(x: Float[Tensor, "n k"], weight: Float[Tensor, "v k"], bias: Tensor |
         if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
             found: Tensor = _Linear.apply(x, weight, bias)  # type: ignore[no-untyped-call]
             return found
-        return _onednn(x, weight, bias)
+        return _by_rows(x, weight, bias)
     if not few(x, weight):
         return F.linear(x, weight, bias)
     rows = x.shape[0]
@@ -50,14 +57,21 @@ def few(x: Float[Tensor, "n k"], weight: Float[Tensor, "v k"]) -> bool:
 
 def times(a: Float[Tensor, "m k"], b: Float[Tensor, "k n"]) -> Float[Tensor, "m n"]:
     """a b, without a gradient."""
-    return _onednn(a, b.T) if wide(a, b.shape[1]) else a @ b
+    return _by_rows(a, b.T) if wide(a, b.shape[1]) else a @ b
 
 
 def outer(a: Float[Tensor, "m n"], b: Float[Tensor, "m k"]) -> Float[Tensor, "n k"]:
     """a^T b, without a gradient."""
     if not wide(a.T, b.shape[1], WIDE_OUTER):
         return a.T @ b
-    return _onednn(b.T, a.T).T if a.shape[1] > b.shape[1] else _onednn(a.T, b.T)  # long rows are the faster ones
+    if a.shape[1] > b.shape[1] and a.is_contiguous():  # long rows are the faster ones
+        return outer(b, a).T
+    total = None
+    for rows in pieces(a.shape[0]):
+        found = _onednn(a[rows].T, b[rows].T)
+        total = found if total is None else total.add_(found)
+    assert total is not None
+    return total
 
 
 def wide(a: Float[Tensor, "m k"], n: int, least: int = WIDE_PRODUCT) -> bool:
@@ -65,6 +79,17 @@ def wide(a: Float[Tensor, "m k"], n: int, least: int = WIDE_PRODUCT) -> bool:
     if a.dtype != torch.float32 or a.device.type != "cpu" or a.shape[0] < WIDE_ROWS:
         return False
     return a.shape[0] * a.shape[1] * n >= least and prefers_onednn()
+
+
+def pieces(n: int) -> Iterator[slice]:
+    """Rows in pieces of few sizes, ROWS at most: oneDNN keeps what it made for every shape (SHAPES), and memory as large as
+    its result with it. Batches of different lengths would fill gigabytes."""
+    start, size = 0, ROWS
+    while start < n:
+        while size > max(n - start, LEAST_ROWS):
+            size //= 2
+        yield slice(start, min(start + size, n))
+        start += size
 
 
 def rounded(rows: int) -> int:
@@ -75,6 +100,15 @@ def rounded(rows: int) -> int:
 def prefers_onednn() -> bool:
     """Whether float32 products are faster with oneDNN: MKL is torch's library and the processor AMD's with AVX-512."""
     return NEGLECTED
+
+
+def _by_rows(x: Float[Tensor, "n k"], weight: Float[Tensor, "v k"], bias: Tensor | None = None) -> Float[Tensor, "n v"]:
+    if x.shape[0] <= LEAST_ROWS:
+        return _onednn(x, weight, bias)
+    out = x.new_empty(x.shape[0], weight.shape[0])
+    for rows in pieces(x.shape[0]):
+        out[rows] = _onednn(x[rows], weight, bias)
+    return out
 
 
 def _onednn(x: Float[Tensor, "n k"], weight: Float[Tensor, "v k"], bias: Tensor | None = None) -> Float[Tensor, "n v"]:
@@ -107,7 +141,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias):  # type: ignore[no-untyped-def]
         ctx.save_for_backward(x, weight)
-        return _onednn(x, weight, bias)
+        return _by_rows(x, weight, bias)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -129,6 +163,7 @@ def _neglected() -> bool:
     processor = platform.processor() + (cpuinfo.read_text(encoding="utf-8") if cpuinfo.is_file() else "")
     if "AuthenticAMD" not in processor:
         return False
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(SHAPES))  # read at the first product
     a, b = torch.arange(6.0).view(2, 3), torch.arange(12.0).view(4, 3)
     return torch.equal(_onednn(a, b), a @ b.T)
 

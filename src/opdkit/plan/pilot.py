@@ -22,6 +22,7 @@ from opdkit.plan.counts import samples
 from opdkit.plan.memory import Job, Model
 from opdkit.plan.reading import OWN, Readings
 from opdkit.plan.texts import PROBLEM
+from opdkit.products import install
 from opdkit.reading import agrees
 from opdkit.rollouts.rollout import Capture, Rollout
 from opdkit.self_teacher import averaged
@@ -177,6 +178,7 @@ def untrained(architecture: Architecture, layers: int, lora: LoraConfig | None =
     with no_init_weights():
         model = build(small, architecture.settings.attn)
     _fill(model)
+    install(model)
     adapters = None if lora is None else attach(model, lora, "", name=name, seed=0)
     lm = LanguageModel(name, "", model.eval(), architecture.tokenizer or no_words(), adapters=adapters)
     lm._vocab, lm.packs = architecture.vocab, enable(lm.model)
