@@ -66,8 +66,9 @@ def test_products_are_those_that_a_pass_runs(recipe_data, student_path):
     width, inner = 32, 64  # q, o, gate, up and down of the last of two layers run where they are read
     assert p.ends == 2 * (2 * width * width + 3 * width * inner)
     needed = p.token * one.tokens - p.ends * (one.tokens - one.trained)
-    attention = 4 * (2 * 2 * 16) * (len(texts[0].response_ids) * one.longest)  # of the last layer, as batched products
-    assert needed + attention == counter.get_total_flops()  # which leaves a CPU's fused attention out
+    queries = one.longest + len(texts[0].response_ids)  # of the first layer and of the last, as batched products
+    attention = 4 * (2 * 2 * 16) * queries * one.longest
+    assert needed + attention == counter.get_total_flops()
     assert p.pair == 4 * 2 * 16 * 2 and p.logits == 2 * 44 * 32
     assert p.forward([one]) == needed + p.pair * one.pairs
     assert p.learning([one], False) == 3 * (p.forward([one]) + p.logits * one.trained)
