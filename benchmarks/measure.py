@@ -104,7 +104,7 @@ def write(
 ) -> Path:
     """Write results/NAME.json and return its path; `command` reruns it. What it took is counted since the import."""
     RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}.json" if DEVICE == "cpu" else RESULTS / f"{name}-{DEVICE}.json"
+    path = results_file(name)
     command = command if DEVICE == "cpu" else f"{command} --device {DEVICE}"
     content = {
         "name": name, "command": command, "date": datetime.now(UTC).date().isoformat(),
@@ -116,9 +116,13 @@ def write(
     return path
 
 
+def results_file(name: str) -> Path:
+    return RESULTS / (f"{name}.json" if DEVICE == "cpu" else f"{name}-{DEVICE}.json")
+
+
 def known(name: str) -> Any:
     """The raw numbers that were written before, on this machine with these versions; None where there are none."""
-    path = RESULTS / f"{name}.json" if DEVICE == "cpu" else RESULTS / f"{name}-{DEVICE}.json"
+    path = results_file(name)
     written = json.loads(path.read_text()) if path.is_file() else {}
     return written["raw"] if written.get("machine") == machine() else None
 

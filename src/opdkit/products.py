@@ -22,10 +22,8 @@ WIDE_ROWS = 3  # from which oneDNN is at least as fast as a turned product
 WIDE_PRODUCT = 2**22  # multiplications: a shape seen for the first time costs oneDNN 0.4 ms, every call 10 microseconds
 WIDE_OUTER = 2**25  # the same where the sum runs over many rows
 SHAPES = 64  # that oneDNN keeps, half a megabyte of code each; its own default is 1,024. A step of a small model has 40
-ROWS, LEAST_ROWS = (
-    512,
-    64,
-)  # of the pieces in which oneDNN is given many rows: powers of two, and what is left at the end
+ROWS = 512  # of the largest piece in which oneDNN is given many rows; the others are its halves down to
+LEAST_ROWS = 64  # ... and what is left at the end
 
 
 def linear(x: Float[Tensor, "n k"], weight: Float[Tensor, "v k"], bias: Tensor | None = None) -> Float[Tensor, "n v"]:
@@ -94,7 +92,7 @@ def pieces(n: int) -> Iterator[slice]:
 
 def rounded(rows: int) -> int:
     """As many rows or some more, so that batches of different lengths make products of few shapes."""
-    return rows + (-rows % 64 if rows >= 256 and prefers_onednn() else 0)
+    return rows + (-rows % LEAST_ROWS if rows >= 256 and prefers_onednn() else 0)
 
 
 def prefers_onednn() -> bool:
