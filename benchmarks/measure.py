@@ -1,8 +1,9 @@
 """What the benchmarks share: measuring in a child process, peak memory, the machine, and results that docs are made from.
 
-A result is a JSON file under results/: tables (title, columns, rows of text or numbers, note) and targets (what, target,
-value, met), which scripts/performance.py turns into docs/performance.md, and `raw` numbers for whoever wants to redo
-the sums. Memory can be measured on Linux only. On a CUDA device (`use`) clocks wait for it, memory is what torch has
+A result is a JSON file under results/MACHINE/: tables (title, columns, rows of text or numbers, note) and targets (what,
+target, value, met), which scripts/performance.py turns into docs/performance.md, and `raw` numbers for whoever wants to
+redo the sums. MACHINE is the processor with its instructions and cores, for which torch and the engine choose other
+code. Memory can be measured on Linux only. On a CUDA device (`use`) clocks wait for it, memory is what torch has
 allocated there, and results are written to NAME-cuda.json, which no page is made from.
 """
 
@@ -12,6 +13,7 @@ import json
 import multiprocessing
 import os
 import platform
+import re
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -102,9 +104,9 @@ def shown(value: str | int | float | None) -> str:
 def write(
     name: str, command: str, tables: Sequence[Table], targets: Sequence[Target], raw: Any, charts: Sequence[Chart] = ()
 ) -> Path:
-    """Write results/NAME.json and return its path; `command` reruns it. What it took is counted since the import."""
-    RESULTS.mkdir(exist_ok=True)
+    """Write results/MACHINE/NAME.json and return its path; `command` reruns it. What it took is counted since the import."""
     path = results_file(name)
+    path.parent.mkdir(parents=True, exist_ok=True)
     command = command if DEVICE == "cpu" else f"{command} --device {DEVICE}"
     content = {
         "name": name, "command": command, "date": datetime.now(UTC).date().isoformat(),
@@ -117,7 +119,9 @@ def write(
 
 
 def results_file(name: str) -> Path:
-    return RESULTS / (f"{name}.json" if DEVICE == "cpu" else f"{name}-{DEVICE}.json")
+    m = machine()
+    folder = re.sub(r"[^a-z0-9]+", "-", f"{m['processor']} {m['instructions']} {m['cores']} cores".lower())
+    return RESULTS / folder / (f"{name}.json" if DEVICE == "cpu" else f"{name}-{DEVICE}.json")
 
 
 def known(name: str) -> Any:
@@ -132,6 +136,7 @@ def machine() -> dict[str, Any]:
     gpu = {} if DEVICE == "cpu" else {"gpu": in_child(1, torch.cuda.get_device_name), "cuda": torch.version.cuda}
     return gpu | {
         "processor": field_of("/proc/cpuinfo", "model name"),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
         "architecture": platform.machine(),
         "cores": os.cpu_count(),
         "memory_gib": round(kernel("/proc/meminfo", "MemTotal") / 2**30, 1),

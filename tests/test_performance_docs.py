@@ -123,27 +123,32 @@ def test_seconds_are_flops_over_the_measured_rate():
 @pytest.fixture
 def site(tmp_path, monkeypatch):
     """A page in a folder of its own, with results for sampling only."""
-    monkeypatch.setattr(measure, "RESULTS", tmp_path)
-    for name, value in {"RESULTS": tmp_path, "PAGE": tmp_path / "performance.md", "NOTES": tmp_path / "no"}.items():
+    monkeypatch.setattr(measure, "RESULTS", tmp_path / "results")
+    for name, value in {
+        "RESULTS": tmp_path / "results",
+        "PAGE": tmp_path / "performance.md",
+        "NOTES": tmp_path / "no",
+    }.items():
         monkeypatch.setattr(performance, name, value)
     table = Table(
         "Rates", ["work", "ours tok/s", "ours / generate"], [["short", 1234.5, 2.5], ["long", None, 0.5]], "A note."
     )
     targets = [Target("ratio of short", ">= 2", "2.5", True), Target("ratio of long", ">= 2", "0.5", False)]
-    measure.write("sample", "python benchmarks/sample.py --threads 2", [table], targets, {})
+    path = measure.write("sample", "python benchmarks/sample.py --threads 2", [table], targets, {})
+    monkeypatch.setattr(performance, "REFERENCE", path.parent.name)
     return tmp_path
 
 
 def test_the_page_says_what_the_files_say(site):
     assert performance.main(check=False) == 0
     page = (site / "performance.md").read_text()
-    assert "1 of 2 targets are met." in page
-    assert "| [sample](#sampling) | ratio of long | >= 2 | 0.5 | **missed** |" in page
+    assert f"* {performance.REFERENCE}, whose tables follow: 1 of 2 targets are met." in page
+    assert "| [sample](#sampling) | ratio of long | >= 2 | **0.5, missed** |" in page
     assert "| short | 1,234 | 2.5 |\n| long | - | 0.5 |\n\nA note." in page
     assert "**Rerun.** `python benchmarks/sample.py --threads 2`. Measured on " in page
     assert "**Left.** Missed targets:\n\n* ratio of long: 0.5, target >= 2" in page
     assert "![Rates](performance/sample-rates.svg)" in page and (site / "performance" / "sample-rates.svg").is_file()
-    assert "No results yet: `python benchmarks/head.py` writes `benchmarks/results/head.json`" in page
+    assert "No results yet: `python benchmarks/head.py` writes `benchmarks/results/MACHINE/head.json`" in page
     assert performance.main(check=True) == 0
 
 
@@ -183,8 +188,30 @@ def test_check_fails_when_a_file_is_not_what_the_results_give(site, capsys):
 
 
 def test_results_of_another_format_are_not_shown(site):
-    (site / "head.json").write_text(json.dumps({"machine": {}, "rows": [[1]]}))
-    assert performance.load("head") is None and performance.load("step") is None
+    machine = performance.REFERENCE
+    (site / "results" / machine / "head.json").write_text(json.dumps({"machine": {}, "rows": [[1]]}))
+    assert performance.load(machine, "head") is None and performance.load(machine, "step") is None
+
+
+def test_every_further_machine_has_a_column_and_a_page(site, monkeypatch):
+    real = measure.machine()
+    monkeypatch.setattr(measure, "machine", lambda: real | {"processor": "Another (TM) 9", "cores": 64})
+    assert measure.known("sample") is None  # another machine's numbers are not taken for this one's
+    goals = [Target("ratio of short", ">= 2", "1.5", False), Target("a new one", "< 1", "0.5", True)]
+    table = Table("Rates", ["work", "ours tok/s", "ours / generate"], [["short", 9.0, 1.5]])
+    path = measure.write("sample", "python benchmarks/sample.py", [table], goals, {})
+    name = f"another-tm-9-{real['instructions'].lower()}-64-cores"
+    assert path == site / "results" / name / "sample.json"
+    performance.main(check=False)
+    page = (site / "performance.md").read_text()
+    assert f"* [{name}](performance/{name}.md): 1 of 2 targets are met." in page
+    assert f"| benchmark | what | target | {performance.REFERENCE} | {name} |" in page
+    assert "| ratio of short | >= 2 | 2.5 | **1.5, missed** |" in page and "| a new one | < 1 | - | 0.5 |" in page
+    own = (site / "performance" / f"{name}.md").read_text()
+    assert "| short | 9 | 1.5 |" in own and "The vocabulary head" not in own
+    assert f"![Rates]({name}/sample-rates.svg)" in own
+    assert (site / "performance" / name / "sample-rates.svg").is_file() and "| short | 9 | 1.5 |" not in page
+    assert performance.main(check=True) == 0
 
 
 def test_a_chart_of_its_own_takes_the_place_of_ratios(site):
