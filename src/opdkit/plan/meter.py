@@ -11,11 +11,15 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from opdkit.products import prefers_onednn
+
 MAPPED = 2**25  # bytes: larger blocks go back to the system as soon as they are freed (glibc)
-LEFT = 20 * 2**20  # bytes that freed blocks of all sizes leave in a process whatever it does (benchmarks/plan.py)
 # What a smaller block costs in a process, with the gaps that freed ones leave (benchmarks/plan.py): most of what a pass
-# with gradient makes stays, so 1.34 to 1.43 was measured; without gradient all is freed soon, and 1.6 to 2.6.
-HEAP, CHURNED = 1.4, 2.2
+# with gradient makes stays, so 1.34 to 1.43 was measured; without gradient all is freed soon, and 1.6 to 2.6. Kernels
+# that oneDNN keeps (products.SHAPES) lie between the blocks and keep gaps apart.
+HEAP, CHURNED, CHURNED_BESIDE_KERNELS = 1.4, 1.9, 2.4
+LEFT = 20 * 2**20  # bytes that freed blocks of all sizes leave in a process whatever it does
+KERNELS = 24 * 2**20  # bytes that oneDNN keeps
 
 
 class Meter(TorchDispatchMode):
@@ -55,6 +59,16 @@ class Meter(TorchDispatchMode):
 
     def mark(self) -> None:
         self.peaks.append(self.live)
+
+
+def churned() -> float:
+    """What a small block costs in a pass without gradient on this machine."""
+    return CHURNED_BESIDE_KERNELS if prefers_onednn() else CHURNED
+
+
+def left() -> int:
+    """Bytes of a process on this machine that are no tensor's."""
+    return LEFT + KERNELS * prefers_onednn()
 
 
 def held(size: int, heap: float) -> int:

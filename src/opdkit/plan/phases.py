@@ -28,7 +28,7 @@ from opdkit.plan.memory import (
     record_bytes,
     signal_bytes,
 )  # fmt: skip
-from opdkit.plan.meter import LEFT
+from opdkit.plan.meter import left
 from opdkit.plan.passes import passes
 from opdkit.plan.reading import OWN
 from opdkit.rollouts.rollout import Rollout
@@ -70,7 +70,7 @@ def _resident(job: Job) -> tuple[Part, ...]:
         Part(f"AdamW moments{of}", 2 * student.trained_bytes // n),
     ]
     if not job.cuda:
-        parts.append(Part("gaps between blocks", LEFT))
+        parts.append(Part("gaps between blocks", left()))
         parts += [Part(f"{name}'s copy of weights", work.kept) for name, work in job.works.items()]
     parts += [Part(f"{name} weights", t.bytes) for name, t in job.teachers.items() if not t.shared]
     return (*parts, *(Part(f"{name}'s average", average_bytes(job, name)) for name in job.paths(EMA)))

@@ -23,7 +23,7 @@ from opdkit.models import LanguageModel, checkpoint_activations
 from opdkit.packing import NAME as PACKED
 from opdkit.packing import packed_attention
 from opdkit.plan.architectures import Architecture, build, planning_attention, shallow
-from opdkit.plan.meter import CHURNED, HEAP, Meter
+from opdkit.plan.meter import HEAP, Meter, churned
 from opdkit.reading import readable
 from opdkit.rollouts.rollout import Rollout
 from opdkit.step import Layout, Step
@@ -187,7 +187,7 @@ class Rehearsal:
         parameters = list(lm.model.parameters())
         gradients = [p.grad for p in parameters if p.grad is not None]
         # The loss asks whether it is scaled, on the CPU only, where it then saves a copy: there it is not, so 1.
-        kept = HEAP if lm.model.training else CHURNED
+        kept = HEAP if lm.model.training else churned()
         number, heap = (0.5, 1.0) if self.cuda else (1.0, kept)
         with Meter([*parameters, *gradients, *lm.model.buffers()], cache, number, heap) as meter, self._autocast():
             yield meter
