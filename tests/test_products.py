@@ -55,10 +55,8 @@ def preferred(request, monkeypatch) -> bool:
         pytest.skip("this torch has no oneDNN")
     for module in (products, lm_head):
         monkeypatch.setattr(module, "prefers_onednn", lambda: request.param)
-    for name in ("WIDE_PRODUCT", "WIDE_OUTER", "WIDE_ROWS"):
+    for name in ("WIDE_PRODUCT", "WIDE_OUTER", "WIDE_SUM", "WIDE_ROWS"):
         monkeypatch.setattr(products, name, 1)
-    monkeypatch.setattr(lm_head, "WIDE_OUTER", 1)
-    monkeypatch.setattr(lm_head, "WIDE_SUM", 1)
     monkeypatch.setattr(products.wide, "__defaults__", (1,))
     return bool(request.param)
 
@@ -75,6 +73,20 @@ def test_products_are_exact(sizes, preferred):
     assert torch.equal(linear(x, w), x @ w.T) and torch.equal(linear(x, w, w[:, 0]), x @ w.T + w[:, 0])
     assert torch.equal(times(g, w), g @ w)
     assert torch.equal(outer(g, x), g.T @ x) and torch.equal(outer(x, g), x.T @ g)
+
+
+def test_sums_grow_in_place(preferred, monkeypatch):
+    monkeypatch.setattr(products, "OUTER_ENTRIES", 3 * 16)  # parts of 16 columns, and a rest
+    a, b, total = whole(9, 37), whole(9, 3, seed=1), whole(37, 3, seed=2)
+    expected = total + a.T @ b
+    products.add_outer(total, a, b)
+    assert torch.equal(total, expected)
+    total, right = whole(9, 3, seed=2), whole(37, 3, seed=3)
+    expected = total + a @ right
+    products.add_times(total, a, right)
+    assert torch.equal(total, expected)
+    products.add_times(total.fill_(torch.nan), a, right, fresh=True)
+    assert torch.equal(total, a @ right)
 
 
 def test_layouts_do_not_matter(preferred):

@@ -18,7 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from opdkit.errors import ModelError, RecipeError
-from opdkit.products import WIDE_OUTER, few, linear, outer, prefers_onednn, times, wide
+from opdkit.products import add_outer, add_times, few, linear, prefers_onednn
 
 CHUNK_ENTRIES = 2**24  # logits of one chunk when none is asked for: 64 MiB of float32
 BLOCK_ENTRIES = 2**19  # elementwise block: 2 MiB of float32 stay in cache, and are worth waking all threads for
@@ -26,8 +26,6 @@ DEVICE_BLOCK_ENTRIES = 2**24  # elsewhere: enough work for one kernel launch
 COLUMN_ENTRIES = 2**21  # of the weight in one product on the CPU: 8 MiB of float32 stay in cache, converted or not
 DEVICE_COLUMNS = 2**14  # ids of one product elsewhere, and only where precisions differ
 APART_ENTRIES = 2**20  # of a product that is formed apart: 4 MiB that stay in cache and in the allocator's hands
-OUTER_ENTRIES = 2**19  # of the weight's gradient formed at a time: a larger sum apart is no faster
-WIDE_SUM = 2**24  # multiplications from which a product that is formed apart and then added is worth it
 PARAMETERS = ("weight", "bias", "low_rank")  # the tensors of a head that can be trained
 
 
@@ -180,27 +178,20 @@ def _add_outer(
     """total += dz^T columns, in the precision of the products; `parts` are the ids of one product where it is converted."""
     dtype, sums = precision(columns)
     low = columns.to(dtype)
-    apart = dtype == torch.float32 and prefers_onednn() and dz.device.type == "cpu"
-    if dtype == sums:  # formed apart only where that is faster, and then in small parts
-        parts = list(chunks(total.shape[0], max(1, OUTER_ENTRIES // total.shape[1]))) if apart else [slice(None)]
     with exact(dz):
+        if dtype == sums:
+            add_outer(total, dz, low)
+            return
         for ids in parts:
-            if apart and wide(dz[:, ids].T, low.shape[1], WIDE_OUTER):
-                total[ids] += outer(dz[:, ids], low)
-            else:
-                add_product(total[ids], dz[:, ids].T.to(dtype), low, direct=True)
+            add_product(total[ids], dz[:, ids].T.to(dtype), low)
 
 
 def add_product(
-    total: Float[Tensor, "m n"], a: Float[Tensor, "m k"], b: Float[Tensor, "k n"], fresh: bool = False,
-    direct: bool = False,
-) -> None:  # fmt: skip
-    """total += a b, in place; `fresh`: total = a b, whatever was there; `direct`: never formed apart."""
-    if not direct and a.dtype == total.dtype and wide(a, b.shape[1], WIDE_SUM):
-        found = times(a, b)
-        total.copy_(found) if fresh else total.add_(found)
-    elif a.dtype == total.dtype:
-        total.addmm_(a, b, beta=0 if fresh else 1)
+    total: Float[Tensor, "m n"], a: Float[Tensor, "m k"], b: Float[Tensor, "k n"], fresh: bool = False
+) -> None:
+    """total += a b, in place; `fresh`: total = a b, whatever was there."""
+    if a.dtype == total.dtype:
+        add_times(total, a, b, fresh)
     elif fresh:
         total.copy_(a @ b)
     else:

@@ -20,7 +20,9 @@ FEW = 8  # rows
 LEAST = 2**17  # entries of a weight for which turning the product pays: below, the time is that of the calls
 WIDE_ROWS = 3  # from which oneDNN is at least as fast as a turned product
 WIDE_PRODUCT = 2**22  # multiplications: a shape seen for the first time costs oneDNN 0.4 ms, every call 10 microseconds
+WIDE_SUM = 2**24  # the same where the product is formed apart and then added
 WIDE_OUTER = 2**25  # the same where the sum runs over many rows
+OUTER_ENTRIES = 2**19  # of such a sum formed at a time before it is added: a larger one is no faster
 SHAPES = 64  # that oneDNN keeps, half a megabyte of code each; its own default is 1,024. A step of a small model has 40
 ROWS = 512  # of the largest piece in which oneDNN is given many rows; the others are its halves down to
 LEAST_ROWS = 64  # ... and what is left at the end
@@ -70,6 +72,28 @@ def outer(a: Float[Tensor, "m n"], b: Float[Tensor, "m k"]) -> Float[Tensor, "n 
         total = found if total is None else total.add_(found)
     assert total is not None
     return total
+
+
+def add_times(
+    total: Float[Tensor, "m n"], a: Float[Tensor, "m k"], b: Float[Tensor, "k n"], fresh: bool = False
+) -> None:
+    """total += a b, in place, without a gradient; `fresh`: total = a b, whatever was there."""
+    if wide(a, b.shape[1], WIDE_SUM):
+        found = _by_rows(a, b.T)
+        total.copy_(found) if fresh else total.add_(found)
+    else:
+        total.addmm_(a, b, beta=0 if fresh else 1)
+
+
+def add_outer(total: Float[Tensor, "n k"], a: Float[Tensor, "m n"], b: Float[Tensor, "m k"]) -> None:
+    """total += a^T b, in place, without a gradient; formed apart only where that is faster, and then in small parts."""
+    columns = max(1, OUTER_ENTRIES // b.shape[1])
+    if not wide(a[:, :columns].T, b.shape[1], WIDE_OUTER):
+        total.addmm_(a.T, b)
+        return
+    for start in range(0, a.shape[1], columns):
+        part = slice(start, start + columns)
+        total[part] += outer(a[:, part], b)
 
 
 def wide(a: Float[Tensor, "m k"], n: int, least: int = WIDE_PRODUCT) -> bool:
