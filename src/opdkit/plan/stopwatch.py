@@ -28,7 +28,8 @@ CAP = 2e10  # FLOPs of the smaller part
 COMPARED = 16  # texts on which the exact reverse KL is timed
 STEPS = 8  # decoding steps that are timed
 FEW = 4  # rows of the smaller batch that decodes
-TRIES, ENOUGH = 3, 0.5  # a timing is repeated this often, unless it has taken so many seconds
+TRIES, ENOUGH = 3, 1.0  # a timing is repeated this often, unless it has taken so many seconds
+FIXED = 0.5  # of a part's seconds at most do not grow with it: on a busy machine two parts may seem to take the same
 
 
 @dataclass
@@ -191,14 +192,17 @@ class Stopwatch:
 
 
 def through(points: Sequence[tuple[float, float]], flops: float) -> float:
-    """Seconds at some FLOPs, on the line through the largest two points; the last point itself where it is there."""
+    """Seconds at some FLOPs, on the line through the largest two points; the last point itself where it is there.
+
+    At no FLOPs the line is neither below 0 nor above FIXED of the last point, whatever noise says.
+    """
     (x, y), rest = points[-1], points[:-1]
     if flops <= 0 or x <= 0:
         return 0.0
     if not rest or rest[-1][0] >= x or abs(flops / x - 1) < 1e-6:
         return y * flops / x
-    slope = max(0.0, (y - rest[-1][1]) / (x - rest[-1][0]))
-    return max(0.0, y - slope * x) + slope * flops
+    slope = min(max((1 - FIXED) * y / x, (y - rest[-1][1]) / (x - rest[-1][0])), y / x)
+    return y + slope * (flops - x)
 
 
 def timed(call: Callable[[], Any]) -> tuple[float, Any]:

@@ -43,14 +43,16 @@ class Buffer:
         start, stop = self.length, self.length + new[0].shape[2]
         if stop > self.room[0].shape[2]:
             self._move(torch.arange(self.rows, device=new[0].device), stop)
-        live = self.room if self.rows == self.room[0].shape[0] else [b.narrow(0, 0, self.rows) for b in self.room]
-        for buffer, states in zip(live, new, strict=True):
-            buffer.narrow(2, start, stop - start).copy_(states)
         self.length = stop
-        return [buffer.narrow(2, 0, stop) for buffer in live]
+        found = self.views()
+        for live, states in zip(found, new, strict=True):
+            live.narrow(2, start, stop - start).copy_(states)
+        return found
 
     def views(self) -> list[Tensor]:
-        return [buffer[: self.rows, :, : self.length] for buffer in self.room]
+        """Keys and values of the live rows [r, G, t, d]."""
+        live = self.room if self.rows == self.room[0].shape[0] else [b.narrow(0, 0, self.rows) for b in self.room]
+        return [buffer.narrow(2, 0, self.length) for buffer in live]
 
     def keep(self, order: Int[Tensor, " r"]) -> None:
         """Row i becomes what row order[i] was; there are no more rows than before."""
