@@ -104,8 +104,8 @@ def wide(a: Float[Tensor, "m k"], n: int, least: int = WIDE_PRODUCT) -> bool:
 
 
 def pieces(n: int) -> Iterator[slice]:
-    """Rows in pieces of few sizes, ROWS at most: oneDNN keeps what it made for every shape (SHAPES), and memory as large as
-    its result with it. Batches of different lengths would fill gigabytes."""
+    """Rows in pieces of few sizes, ROWS at most: oneDNN keeps what it made for every shape (SHAPES), which lies between
+    freed blocks and keeps them in the process. Batches of different lengths would fill gigabytes."""
     start, size = 0, ROWS
     while start < n:
         while size > max(n - start, LEAST_ROWS):
