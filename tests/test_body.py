@@ -6,6 +6,7 @@ import pytest
 import torch
 from test_models import ARCHITECTURES, BASE, random_model
 
+from opdkit.layers import batched_attention
 from opdkit.rollouts import body, sampler
 from opdkit.rollouts.body import joined, make_body
 from opdkit.rollouts.cache import CACHE, Part, attention, make_cache, states_of, unfused
@@ -114,7 +115,7 @@ def test_weights_are_cast_once_and_keys_are_kept_in_half_precision():
         made(torch.tensor([3, 4]), torch.tensor([3, 3]), [part])
         assert {t.dtype for buffer in part.own for t in buffer.room} == {torch.bfloat16}
         weight = torch.nn.Linear(4, 4)
-        assert joined((weight,), torch.bfloat16)(torch.ones(1, 4)).dtype == torch.bfloat16
+        assert joined((weight,), torch.bfloat16)(torch.ones(1, 4))[0].dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("kind", ["qwen3", "gpt2"])
@@ -135,7 +136,7 @@ def test_half_precision_samples_are_close_to_a_forward_pass_and_training_goes_on
 
 
 @pytest.mark.parametrize("queries", [1, 6])
-def test_both_attentions_by_the_definition(queries):
+def test_all_attentions_by_the_definition(queries):
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(3, 2, n, 8, generator=generator).double() for n in (queries, 5, 5))
     mask = torch.zeros(3, 1, 1, 5).double()
@@ -144,3 +145,6 @@ def test_both_attentions_by_the_definition(queries):
     for found in (attention(q, k, v, mask, 0.3), unfused(q.float(), k.float(), v.float(), mask.float(), 0.3)):
         torch.testing.assert_close(found[0].double(), scores.softmax(-1) @ v, rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(found[1].double(), scores.logsumexp(-1), rtol=1e-5, atol=1e-6)
+    bias = mask.expand(3, 2, queries, 5).flatten(0, 1)
+    for given, wanted in ((bias, scores), (None, torch.einsum("bgqd,bgtd->bgqt", q, k) * 0.3)):
+        torch.testing.assert_close(batched_attention(q, k, v, given, 0.3), wanted.softmax(-1) @ v)

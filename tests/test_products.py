@@ -6,12 +6,18 @@ import torch.nn.functional as F
 
 from opdkit import lm_head, products
 from opdkit.head import Head
-from opdkit.products import FEW, LEAST, Linear, few, install, linear, outer, pieces, rounded, times, wide
+from opdkit.products import FEW, LEAST, Linear, differs, few, install, linear, outer, pieces, rounded, times, wide
+
+
+@pytest.fixture
+def turning(monkeypatch) -> None:
+    """As on a processor where products of few rows are turned."""
+    monkeypatch.setattr(products, "TURNS", True)
 
 
 @pytest.mark.parametrize("rows", [0, 1, 2, 3, FEW, FEW + 1])
 @pytest.mark.parametrize("bias", [False, True])
-def test_linear_is_torchs(rows, bias):
+def test_linear_is_torchs(turning, rows, bias):
     generator = torch.Generator().manual_seed(rows)
     w = torch.randn(LEAST // 128, 128, generator=generator, dtype=torch.float64)
     x = torch.randn(rows, 128, generator=generator, dtype=torch.float64)
@@ -21,7 +27,7 @@ def test_linear_is_torchs(rows, bias):
     torch.testing.assert_close(found, F.linear(x, w, b), rtol=0, atol=1e-12)
 
 
-def test_only_large_products_of_few_rows_are_turned():
+def test_only_large_products_of_few_rows_are_turned(turning, monkeypatch):
     large, small = torch.zeros(LEAST // 8, 8), torch.zeros(LEAST // 8 - 1, 8)
     assert few(torch.zeros(1, 8), large) and few(torch.zeros(FEW, 8), large)
     assert not few(torch.zeros(FEW + 1, 8), large)
@@ -29,10 +35,12 @@ def test_only_large_products_of_few_rows_are_turned():
     assert not few(torch.zeros(1, 8), small)
     assert not few(torch.zeros(1, 8, dtype=torch.bfloat16), large)
     assert not few(torch.zeros(1, 8, device="meta"), large)
+    monkeypatch.setattr(products, "TURNS", False)
+    assert not few(torch.zeros(1, 8), large)
 
 
 @pytest.mark.parametrize("rows", [1, 5, 8])
-def test_a_heads_logits_do_not_depend_on_it(rows, monkeypatch):
+def test_a_heads_logits_do_not_depend_on_it(turning, rows, monkeypatch):
     monkeypatch.setattr(products, "LEAST", 1)
     generator = torch.Generator().manual_seed(rows)
     w, low = (torch.randn(50, n, generator=generator, dtype=torch.float64) for n in (6, 2))
@@ -127,7 +135,15 @@ def test_rows_go_in_pieces_of_few_sizes(n):
     assert all(p.stop - p.start in (64, 128, 256, 512) for p in found[:-1]) and found[-1].stop - found[-1].start <= 512
 
 
-def test_what_onednn_is_asked_for(monkeypatch):
+@pytest.mark.parametrize("turns", [False, True])
+@pytest.mark.parametrize("wide", [False, True])
+def test_where_a_product_may_be_another_than_torchs(monkeypatch, turns, wide):
+    monkeypatch.setattr(products, "TURNS", turns)
+    monkeypatch.setattr(products, "prefers_onednn", lambda: wide)
+    assert differs(torch.float32) is (turns or wide) and differs(torch.float64) is turns and not differs(torch.bfloat16)
+
+
+def test_what_onednn_is_asked_for(turning, monkeypatch):
     monkeypatch.setattr(products, "prefers_onednn", lambda: True)
     large = torch.zeros(2048, 64)
     assert wide(large, 64) and not wide(large, 8)  # 2^23 and 2^20 multiplications

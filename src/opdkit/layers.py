@@ -1,6 +1,6 @@
-"""Pieces of Llama-like layers written out: the norm and the rotation of heads, with hand-written gradients.
+"""Pieces of Llama-like layers written out: the norm and the rotation of heads with hand-written gradients, and attention.
 
-Axes: M tokens, K heads, d width of a head, D hidden.
+Axes: M tokens, K heads, d width of a head, D hidden; B rows of q queries that read t tokens, b = B K.
 
 transformers writes both as chains of elementwise operations, each of which autograd records and reads back. Here each is
 a handful of passes forward and backward. `written_out` says for which models they may stand in.
@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+SHORT = 64  # tokens of a row up to which attention is formed by batched products
 KNOWN = ("LlamaModel", "MistralModel", "Qwen2Model", "Qwen3Model")
 
 _tables: WeakKeyDictionary[Any, dict[tuple[torch.dtype, torch.device], Tensor]] = WeakKeyDictionary()
@@ -104,3 +105,15 @@ class _Turn(torch.autograd.Function):
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         cos, sin = ctx.saved_tensors
         return (grad * cos).add_((grad * sin).roll(grad.shape[-1] // 2, -1)), None, None
+
+
+def batched_attention(
+    q: Float[Tensor, "B K q d"], k: Float[Tensor, "B K t d"], v: Float[Tensor, "B K t d"],
+    bias: Float[Tensor, "b q t"] | None, scale: float,
+) -> Float[Tensor, "B K q d"]:  # fmt: skip
+    """softmax(scale q k^T + bias) v by batched products: up to SHORT tokens torch's fused kernel is the slower one."""
+    none = q.new_empty(1, 1, 1) if bias is None else bias
+    scores = torch.baddbmm(
+        none, q.flatten(0, 1), k.flatten(0, 1).transpose(1, 2), beta=int(bias is not None), alpha=scale
+    )
+    return torch.bmm(scores.softmax(-1), v.flatten(0, 1)).unflatten(0, q.shape[:2])

@@ -1,8 +1,9 @@
 """Matrix products on a CPU where torch's own leave time lying about: few rows, and processors that its library neglects.
 
-Axes: m, n rows, k columns of x, v outputs. torch multiplies float32 with MKL. On processors of AMD with AVX-512 MKL uses
-half of their width; oneDNN, which torch carries for other types and uses for float32 in compiled graphs only, uses all of
-it. Left out: other types, devices and processors, where these are torch's products.
+Axes: m, n rows, k columns of x, v outputs. torch multiplies float32 with MKL, which knows the processors of Intel best. On
+those of AMD few rows of a product go to one thread, and where there is AVX-512 MKL uses half of its width; oneDNN, which
+torch carries for other types and uses for float32 in compiled graphs only, uses all of it. Left out: other types, devices
+and processors, where these are torch's products.
 """
 
 import os
@@ -31,10 +32,10 @@ LEAST_ROWS = 64  # ... and what is left at the end
 def linear(x: Float[Tensor, "n k"], weight: Float[Tensor, "v k"], bias: Tensor | None = None) -> Float[Tensor, "n v"]:
     """x weight^T + bias, differentiable in all three.
 
-    Up to FEW rows on a CPU are formed as weight x^T where the weight is large and oneDNN is not preferred (`wide`): the
-    BLAS library divides a product among threads by the rows of its result. It reads a large weight once for each of 2 or
-    3 rows of x: there the turned product takes a third to a ninth of the time, for 8 rows two thirds (measured with MKL,
-    two threads). One row goes as two, because matrix x vector stays on one thread.
+    Up to FEW rows on a processor of AMD are formed as weight x^T where the weight is large and oneDNN is not preferred
+    (`wide`): MKL divides a product among threads by the rows of its result there. It reads a large weight once for each of
+    2 or 3 rows of x: there the turned product takes a third to a ninth of the time, for 8 rows two thirds (two threads). One
+    row goes as two, because matrix x vector stays on one thread. On Intel's processors MKL is the faster one throughout.
     """
     if wide(x, weight.shape[0]):
         if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
@@ -49,9 +50,14 @@ def linear(x: Float[Tensor, "n k"], weight: Float[Tensor, "v k"], bias: Tensor |
     return found[:, :rows].T.contiguous()
 
 
+def differs(dtype: torch.dtype) -> bool:
+    """Whether `linear` is anywhere another product than torch's for this type: asked once instead of at every call."""
+    return (TURNS and dtype in (torch.float32, torch.float64)) or (prefers_onednn() and dtype == torch.float32)
+
+
 def few(x: Float[Tensor, "n k"], weight: Float[Tensor, "v k"]) -> bool:
     """Whether `linear` turns the product round."""
-    fits = 0 < x.shape[0] <= FEW and weight.numel() >= LEAST and not wide(x, weight.shape[0])
+    fits = TURNS and 0 < x.shape[0] <= FEW and weight.numel() >= LEAST and not wide(x, weight.shape[0])
     return fits and x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64)
 
 
@@ -176,18 +182,24 @@ class _Linear(torch.autograd.Function):
         )
 
 
+def _amd() -> bool:
+    cpuinfo = Path("/proc/cpuinfo")
+    processor = platform.processor() + (cpuinfo.read_text(encoding="utf-8") if cpuinfo.is_file() else "")
+    return "AuthenticAMD" in processor
+
+
 def _neglected() -> bool:
     """torch calls oneDNN by a private name, so a small product is tried first."""
     with_mkl = torch.backends.mkl.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512"
     if not with_mkl or not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         return False
-    cpuinfo = Path("/proc/cpuinfo")
-    processor = platform.processor() + (cpuinfo.read_text(encoding="utf-8") if cpuinfo.is_file() else "")
-    if "AuthenticAMD" not in processor:
+    if not AMD:
         return False
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(SHAPES))  # read at the first product
     a, b = torch.arange(6.0).view(2, 3), torch.arange(12.0).view(4, 3)
     return torch.equal(_onednn(a, b), a @ b.T)
 
 
+AMD = _amd()
+TURNS = AMD and torch.backends.mkl.is_available()
 NEGLECTED = _neglected()  # asked once, before anybody plans with tensors that hold no numbers

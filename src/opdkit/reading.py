@@ -20,12 +20,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers.integrations.sdpa_attention import repeat_kv
 
-from opdkit.layers import angles, rms_norm, turn, written_out
+from opdkit.layers import SHORT, angles, batched_attention, rms_norm, turn, written_out
 from opdkit.models import LanguageModel
 from opdkit.packing import NAME, TRIAL, Pack, Text, attend, pack
 from opdkit.products import rounded
-
-SHORT = 64  # tokens of a row up to which attention is formed by batched products
 
 
 @dataclass(frozen=True)
@@ -85,8 +83,7 @@ def short_attention(
     seen = q.new_ones(q.shape[2], k.shape[2], dtype=torch.bool).tril() if mask is None else mask
     bias = q.new_zeros(seen.shape).masked_fill_(~seen, -torch.inf)
     bias = bias.expand(q.shape[0], q.shape[1], -1, -1).flatten(0, 1)
-    scores = torch.baddbmm(bias, q.flatten(0, 1), k.flatten(0, 1).transpose(1, 2), alpha=scale)
-    return torch.bmm(scores.softmax(-1), v.flatten(0, 1)).unflatten(0, q.shape[:2])
+    return batched_attention(q, k, v, bias, scale)
 
 
 class Packed:

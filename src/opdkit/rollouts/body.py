@@ -16,12 +16,13 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from opdkit.layers import angles, rms_norm, turn, written_out
 from opdkit.models import LanguageModel
-from opdkit.products import Linear, linear
+from opdkit.products import Linear, differs, linear
 from opdkit.rollouts.cache import CACHE, BufferLayer, Part, make_cache, states_of
 
 JOINED = 2**18  # entries: larger matrices are not copied to be joined; their products outweigh the calls
@@ -30,10 +31,10 @@ _trusted: WeakKeyDictionary[Any, dict[torch.dtype, bool]] = WeakKeyDictionary() 
 
 @dataclass(frozen=True)
 class _Layer:
-    qkv: Callable[[Tensor], Tensor]
-    out: Callable[[Tensor], Tensor]
-    gate_up: Callable[[Tensor], Tensor]
-    down: Callable[[Tensor], Tensor]
+    qkv: Callable[[Tensor], tuple[Tensor, ...]]  # one output, or where nothing is joined one of each matrix
+    out: Callable[[Tensor], tuple[Tensor, ...]]
+    gate_up: Callable[[Tensor], tuple[Tensor, ...]]
+    down: Callable[[Tensor], tuple[Tensor, ...]]
     before: Tensor  # weights of the norms
     after: Tensor
     heads: Float[Tensor, "K d"] | None  # of the norm of each query and key head
@@ -77,39 +78,50 @@ class Body:
         cos, sin = by_row[:, 0], by_row[:, 1]
         rows, turning = tokens.shape[0], self.query_heads + self.kv_heads
         for i, layer in enumerate(self.layers):
-            heads = layer.qkv(rms_norm(x, layer.before, self.eps)).view(rows, -1, self.width)
+            found = layer.qkv(rms_norm(x, layer.before, self.eps))
+            heads = (found[0] if len(found) == 1 else torch.cat(found, -1)).view(rows, -1, self.width)
             turned = heads[:, :turning]
             if layer.heads is not None:
                 turned = rms_norm(turned, layer.heads, self.eps)
             turned = turn(turned, cos, sin).to(self.dtype)
             query = turned[:, : self.query_heads].view(rows, self.kv_heads, -1, self.width)
             key, value = turned[:, self.query_heads :], heads[:, turning:]
-            found, at = [], 0
-            for part in parts:
-                its = slice(at, at + part.rows)
-                found.append(part.attend(i, query[its], key[its], value[its], layer.scale))
-                at += part.rows
-            mixed = found[0] if len(found) == 1 else torch.cat(found)
-            x = x + layer.out(mixed)
-            gate, up = layer.gate_up(rms_norm(x, layer.after, self.eps)).chunk(2, -1)
-            x = x + layer.down(self.act(gate).mul_(up))
+            x = x + layer.out(attended(parts, i, query, key, value, layer.scale))[0]
+            found = layer.gate_up(rms_norm(x, layer.after, self.eps))
+            gate, up = found if len(found) == 2 else found[0].chunk(2, -1)
+            x = x + layer.down(self.act(gate).mul_(up))[0]
         return rms_norm(x, self.norm, self.eps)
 
 
-def joined(modules: Sequence[Any], dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
-    """A function that applies linear layers to one input and joins their outputs; modules of other classes are called."""
+def attended(
+    parts: Sequence[Part], layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float
+) -> Float[Tensor, "r HD"]:
+    """What every row's query reads in its part, to which the row's key and value are added."""
+    if len(parts) == 1:
+        return parts[0].attend(layer, query, key, value, scale)
+    found, at = [], 0
+    for part in parts:
+        its = slice(at, at + part.rows)
+        found.append(part.attend(layer, query[its], key[its], value[its], scale))
+        at += part.rows
+    return torch.cat(found)
+
+
+def joined(modules: Sequence[Any], dtype: torch.dtype) -> Callable[[Tensor], tuple[Tensor, ...]]:
+    """A function that applies linear layers to one input: small ones as one matrix, modules of other classes as they are."""
     if not all(type(m) in (nn.Linear, Linear) for m in modules):
-        return lambda x: torch.cat([m(x) for m in modules], -1)
+        return lambda x: tuple(m(x) for m in modules)
     given: list[tuple[Tensor, Tensor | None]] = [(m.weight, m.bias) for m in modules]
     if len(given) > 1 and sum(w.numel() for w, _ in given) <= JOINED:
         biases = [w.new_zeros(w.shape[0]) if b is None else b for w, b in given]
         plain = all(b is None for _, b in given)
         given = [(torch.cat([w for w, _ in given]), None if plain else torch.cat(biases))]
     cast = [(w.to(dtype), None if b is None else b.to(dtype)) for w, b in given]
+    product = linear if differs(dtype) else F.linear
     if len(cast) == 1:
         weight, bias = cast[0]
-        return lambda x: linear(x.to(dtype), weight, bias)
-    return lambda x: torch.cat([linear(x.to(dtype), w, b) for w, b in cast], -1)
+        return lambda x: (product(x.to(dtype), weight, bias),)
+    return lambda x: tuple(product(x.to(dtype), w, b) for w, b in cast)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -20,6 +20,8 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from opdkit.layers import SHORT, batched_attention
+
 # What transformers calls a cache among a model's arguments and in its output: renamed in 5.24.
 CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
 fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -181,14 +183,21 @@ class Part:
     ) -> Float[Tensor, "r HD"]:  # fmt: skip
         """Add one token's key and value of each row, and read all of them."""
         keys, values = self.own[layer].append(key[:, :, None], value[:, :, None])
-        mask = None
-        if self.mask is not None and not self.prompts:
-            mask = F.pad(self.mask, (0, keys.shape[2] - self.mask.shape[3]))
-        out, norm = attention(query, keys, values, mask, scale)
         if self.prompts:
+            out, norm = attention(query, keys, values, None, scale)
             theirs, other = self._attend_prompts(layer, query, scale)
-            out = out.lerp(theirs, torch.sigmoid(other - norm)[..., None].to(out.dtype))
-        return out.flatten(1)
+            return out.lerp(theirs, torch.sigmoid(other - norm)[..., None].to(out.dtype)).flatten(1)
+        mask = self._grown(keys.shape[2])
+        if keys.shape[2] <= SHORT and keys.device.type == "cpu" and keys.dtype in (torch.float32, torch.float64):
+            bias = None if mask is None else mask.expand(*query.shape[:3], -1).flatten(0, 1)
+            return batched_attention(query, keys, values, bias, scale).flatten(1)
+        return attention(query, keys, values, mask, scale)[0].flatten(1)
+
+    def _grown(self, length: int) -> Float[Tensor, "r 1 1 t"] | None:
+        """The rows' own mask with columns for `length` tokens; every layer of a token reads the same."""
+        if self.mask is not None and self.mask.shape[3] < length:
+            self.mask = F.pad(self.mask, (0, length - self.mask.shape[3]))
+        return self.mask
 
     def _attend_prompts(self, layer: int, query: Float[Tensor, "r G m d"], scale: float) -> tuple[Tensor, Tensor]:
         """Attention of each row to its prompt: [r, G, m, d], and the log of its norm [r, G, m]."""
