@@ -25,8 +25,6 @@ from dataclasses import asdict, dataclass
 from itertools import product
 from typing import Any
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # idle threads of the parent must not spin beside the child
-
 import measure
 import torch
 from head_contenders import CONTENDERS, FULL, LOSSES, OURS, Inputs, available, make_inputs

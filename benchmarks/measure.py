@@ -24,6 +24,8 @@ from typing import Any
 
 import torch
 
+from opdkit import scratch
+
 RESULTS = Path(__file__).parent / "results"
 STARTED = time.monotonic()
 DEVICE = "cpu"  # where this process and its children compute
@@ -165,6 +167,7 @@ def reset_peak() -> int:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_allocated()
+    scratch.release()
     ctypes.CDLL("libc.so.6").malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
     return kernel("/proc/self/status", "VmRSS")

@@ -143,7 +143,9 @@ def test_the_head_sees_trained_positions_only(teacher, sampled, monkeypatch):
 
     rows = []
     logits = Head.logits
-    monkeypatch.setattr(Head, "logits", lambda head, hidden: rows.append(hidden.shape[0]) or logits(head, hidden))
+    monkeypatch.setattr(
+        Head, "logits", lambda head, hidden, *out: rows.append(hidden.shape[0]) or logits(head, hidden, *out)
+    )
     step = flatten(sampled)
     score(teacher, sampled, step, Sampled(), budget=30)
     assert sum(rows) == step.tokens.shape[0]

@@ -251,10 +251,6 @@ class HeadRows:
     hidden: Float[Tensor, "N H"]
     head: Head
 
-    def room(self, n: int) -> Float[Tensor, "n V"]:
-        """Memory that `log_probs` of n rows can be given; its contents are undefined."""
-        return self.hidden.new_empty(n, self.head.size, dtype=precision(self.hidden)[1])
-
     @torch.no_grad()
     def log_probs(
         self, rows: Int[Tensor, " n"] | slice, out: Float[Tensor, "n V"] | None = None

@@ -11,8 +11,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from opdkit import scratch
 from opdkit.errors import RecipeError
-from opdkit.lm_head import Head, blocks, chunks, exact
+from opdkit.lm_head import Head, blocks, chunks, exact, precision
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,8 @@ def score_rows(
 def _score_chunk(
     head: Head, hidden: Tensor, tokens: Tensor, rows: slice, top_k: int, entropy: bool, choose: Choose | None
 ) -> list[Tensor | None]:
-    z = head.logits(hidden[rows])
+    h = hidden[rows]
+    z = head.logits(h, scratch.room("chunk", h.shape[0], head.size, h, precision(h)[1]))
     top_ids = torch.topk(z, top_k, dim=-1).indices if top_k else None
     ids, valid = (None, None) if choose is None else choose(rows, top_ids)
     log_norm, ent, tail = (z.new_empty(z.shape[0]) for _ in range(3))

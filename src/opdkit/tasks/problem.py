@@ -1,7 +1,7 @@
 """What a task is made of: problems, verdicts and the verifier that turns a response into a verdict."""
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar, overload
 
@@ -57,13 +57,17 @@ class LazySequence(Sequence[T]):
     def item(self, index: int) -> T:
         """Item `index`, from 0 to the length."""
 
+    def many(self, indices: Iterable[int]) -> list[T]:
+        """Items at several of such indices, for sequences that make them faster together."""
+        return [self.item(i) for i in indices]
+
     @overload
     def __getitem__(self, index: int) -> T: ...
     @overload
     def __getitem__(self, index: slice) -> list[T]: ...
     def __getitem__(self, index: int | slice) -> T | list[T]:
         if isinstance(index, slice):
-            return [self.item(i) for i in range(*index.indices(len(self)))]
+            return self.many(range(*index.indices(len(self))))
         return self.item(range(len(self))[index])  # negative indices and IndexError as for a list
 
 

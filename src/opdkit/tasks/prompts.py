@@ -3,7 +3,7 @@
 Left out: padding and batching (the sampler's work), images, and responses (`turns`).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
 
@@ -33,32 +33,37 @@ class EncodedProblems(LazySequence[tuple[Problem, tuple[int, ...]]]):
         return len(self.problems)
 
     def item(self, index: int) -> tuple[Problem, tuple[int, ...]]:
-        problem = self.problems[index]
-        ids = self.encode(problem)
-        if len(ids) > self.config.max_prompt_tokens:
-            raise DataError(
-                f"prompt of problem {problem.id} has {len(ids)} tokens, task.max_prompt_tokens is "
-                f"{self.config.max_prompt_tokens}; raise it, or set task.overlong: drop"
-            )
-        return problem, ids
+        return self.many([index])[0]
+
+    def many(self, indices: Iterable[int]) -> list[tuple[Problem, tuple[int, ...]]]:
+        problems = [self.problems[i] for i in indices]
+        found = list(zip(problems, self.encode(problems), strict=True))
+        for problem, ids in found:
+            if len(ids) > self.config.max_prompt_tokens:
+                raise DataError(
+                    f"prompt of problem {problem.id} has {len(ids)} tokens, task.max_prompt_tokens is "
+                    f"{self.config.max_prompt_tokens}; raise it, or set task.overlong: drop"
+                )
+        return found
 
     def fits(self, problem: Problem) -> bool:
         """Whether the prompt is within task.max_prompt_tokens. Raises DataError where it could not be used at all."""
-        return len(self.encode(problem)) <= self.config.max_prompt_tokens
+        return len(self.encode([problem])[0]) <= self.config.max_prompt_tokens
 
-    def encode(self, problem: Problem) -> tuple[int, ...]:
+    def encode(self, problems: Sequence[Problem]) -> list[tuple[int, ...]]:
         """Prompt ids that leave room in the context, or that are over task.max_prompt_tokens anyway."""
         config = self.config
-        ids = encode_prompt(self.tokenizer, problem, config.template, config.system, config.template_args)
+        found = encode_prompts(self.tokenizer, problems, config.template, config.system, config.template_args)
         room = self.context_length - self.max_new_tokens
-        if room < len(ids) <= self.config.max_prompt_tokens:
-            raise DataError(
-                f"prompt of problem {problem.id} has {len(ids)} tokens; with sampling.max_new_tokens = "
-                f"{self.max_new_tokens} that is over the model's context of {self.context_length}; lower "
-                f"sampling.max_new_tokens to {self.context_length - len(ids)}, or set task.max_prompt_tokens: {room} "
-                "with task.overlong: drop"
-            )
-        return ids
+        for problem, ids in zip(problems, found, strict=True):
+            if room < len(ids) <= self.config.max_prompt_tokens:
+                raise DataError(
+                    f"prompt of problem {problem.id} has {len(ids)} tokens; with sampling.max_new_tokens = "
+                    f"{self.max_new_tokens} that is over the model's context of {self.context_length}; lower "
+                    f"sampling.max_new_tokens to {self.context_length - len(ids)}, or set task.max_prompt_tokens: {room} "
+                    "with task.overlong: drop"
+                )
+        return found
 
 
 def encode_problems(
@@ -107,22 +112,38 @@ def encode_prompt(
     system: str | None,
     template_args: Mapping[str, Any] = _NO_ARGS,
 ) -> tuple[int, ...]:
-    """Token ids of a prompt, ready for the response to follow.
+    """Token ids of one prompt: see `encode_prompts`."""
+    return encode_prompts(tokenizer, [problem], template, system, template_args)[0]
+
+
+def encode_prompts(
+    tokenizer: PreTrainedTokenizerBase,
+    problems: Sequence[Problem],
+    template: Literal["chat", "plain"],
+    system: str | None,
+    template_args: Mapping[str, Any] = _NO_ARGS,
+) -> list[tuple[int, ...]]:
+    """Token ids of prompts, ready for the responses to follow.
 
     `chat` applies the tokenizer's chat template with the generation prompt; a string becomes a user message; the system
     message is the messages' own, else the problem's, else `system`. `plain` is the text with the tokenizer's BOS, if it
     adds one. Raises ModelError without a chat template, DataError for a prompt that is empty or unfit for the template.
     """
-    if isinstance(problem.prompt, str) and not problem.prompt.strip():
-        raise DataError(f"prompt of problem {problem.id} is empty; give it a text")
+    for problem in problems:
+        if isinstance(problem.prompt, str) and not problem.prompt.strip():
+            raise DataError(f"prompt of problem {problem.id} is empty; give it a text")
     if template == "chat":
-        messages = prompt_messages(problem, system)
-        ids = token_ids(tokenizer, render(tokenizer, problem, messages, template_args, generation=True))
+        texts = [
+            render(tokenizer, problem, prompt_messages(problem, system), template_args, generation=True)
+            for problem in problems
+        ]
+        found = _all_ids(tokenizer, texts, special=False)
     else:
-        ids = _plain_ids(tokenizer, problem)
-    if not ids:
-        raise DataError(f"prompt of problem {problem.id} has no tokens: the tokenizer drops all of its text")
-    return tuple(ids)
+        found = _plain_ids(tokenizer, problems)
+    for problem, ids in zip(problems, found, strict=True):
+        if not ids:
+            raise DataError(f"prompt of problem {problem.id} has no tokens: the tokenizer drops all of its text")
+    return [tuple(ids) for ids in found]
 
 
 def render(
@@ -161,7 +182,12 @@ def render(
 
 def token_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Ids of a rendered text: the template has written the special tokens, so the tokenizer adds none."""
-    return cast(list[int], tokenizer(text, add_special_tokens=False)["input_ids"])
+    return _all_ids(tokenizer, [text], special=False)[0]
+
+
+def _all_ids(tokenizer: PreTrainedTokenizerBase, texts: list[str], *, special: bool) -> list[list[int]]:
+    """Ids of several texts in one call, which takes a third to half of the time of one call for each."""
+    return cast(list[list[int]], tokenizer(texts, add_special_tokens=special)["input_ids"]) if texts else []
 
 
 def check_template(
@@ -217,7 +243,19 @@ def _check_tools(
         )
 
 
-def _plain_ids(tokenizer: PreTrainedTokenizerBase, problem: Problem) -> list[int]:
+def _plain_ids(tokenizer: PreTrainedTokenizerBase, problems: Sequence[Problem]) -> list[list[int]]:
+    texts = [_plain_text(problem) for problem in problems]
+    found = _all_ids(tokenizer, texts, special=True)
+    return [_open(tokenizer, text, ids) for text, ids in zip(texts, found, strict=True)]
+
+
+def _open(tokenizer: PreTrainedTokenizerBase, text: str, ids: list[int]) -> list[int]:
+    """Some tokenizers close every text with EOS; a response cannot follow it."""
+    ends = tokenizer.eos_token_id is not None and ids[-1:] == [tokenizer.eos_token_id]
+    return ids[:-1] if ends and not text.endswith(str(tokenizer.eos_token)) else ids
+
+
+def _plain_text(problem: Problem) -> str:
     if not isinstance(problem.prompt, str):
         raise DataError(f"prompt of problem {problem.id} is a list of messages; task.template 'plain' needs a string")
     if problem.system is not None:
@@ -226,7 +264,4 @@ def _plain_ids(tokenizer: PreTrainedTokenizerBase, problem: Problem) -> list[int
         )
     if problem.tools is not None:
         raise DataError(f"problem {problem.id} has tools, which task.template 'plain' would ignore; remove the column")
-    ids = tokenizer.encode(problem.prompt)
-    ends = tokenizer.eos_token_id is not None and ids[-1:] == [tokenizer.eos_token_id]
-    # Some tokenizers close every text with EOS; a response cannot follow it.
-    return ids[:-1] if ends and not problem.prompt.endswith(str(tokenizer.eos_token)) else ids
+    return problem.prompt

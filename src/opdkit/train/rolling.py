@@ -52,7 +52,7 @@ class Rolling:
         offset = 0
         for name, count in split_prompts(setup.method, setup.recipe.train.prompts_per_step).items():
             replayed = self._replayed(name, count, step)
-            prompts = [] if replayed else [setup.train[self.pool[i]] for i in self.order.take(count)]
+            prompts = [] if replayed else setup.train.many(self.pool[i] for i in self.order.take(count))
             keys = prompt_keys([ids for _, ids in prompts], seed)
             requests[name] = Request(setup.method.rollouts[name], mine(prompts), mine(keys), replayed, limit)
             numbers += mine(range(offset, offset + count))
