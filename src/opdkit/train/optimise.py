@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from opdkit import scratch
 from opdkit.config import Recipe
 from opdkit.errors import NonFiniteError
 from opdkit.models import LanguageModel
@@ -39,6 +40,8 @@ class Optimiser:
         scale = float(self.processes.count) if is_sharded(self.lm) else 1.0  # FSDP2 averages, we add
         for number, loss in enumerate(losses, 1):
             last_micro_batch(self.lm, number == expected)
+            if number == expected:
+                scratch.release()  # no more logits until the next step scores: the backward pass needs the memory
             self.scaler.scale(loss * scale).backward()
             total += float(loss.detach())
         if not is_sharded(self.lm):
