@@ -262,7 +262,8 @@ def main() -> None:
     found, goals = tables(rows), targets(rows)
     print("\n\n".join(t.markdown() for t in found), *goals, f"{(time.monotonic() - start) / 60:.1f} minutes", sep="\n")
     if cells == committed():
-        print("written to", measure.write("head", "python benchmarks/head.py", found, goals, rows))
+        command = f"python benchmarks/head.py --minutes {options.minutes:g}"
+        print("written to", measure.write("head", command, found, goals, rows))
 
 
 if __name__ == "__main__":
