@@ -101,6 +101,15 @@ def test_every_chunk_uses_the_first_ones_memory_and_a_teacher_half_as_much(monke
         assert recorder.fresh.count((6 * V,)) == recorder.fresh.count((3 * V,)) == 1
 
 
+def test_memory_that_is_too_large_to_keep_is_still_one_for_all_chunks(monkeypatch):
+    monkeypatch.setattr(lm_head, "BLOCK_ENTRIES", V)
+    monkeypatch.setattr(scratch, "KEPT", 0)
+    hidden, head = leaves({}, bias=False)
+    with Recorder() as recorder:
+        objective(hidden, head, terms_of(("reverse_kl_full", "jsd_full")), 6)[0].backward()
+    assert recorder.fresh.count((6, V)) == recorder.fresh.count((3, V)) == 1
+
+
 def test_an_upstream_gradient_scales_the_buffers_in_place():
     hidden, head = leaves({}, bias=False)
     loss, _ = objective(hidden, head, terms_of(ALL))

@@ -34,6 +34,7 @@ __all__ = [
 
 TEACHER_ROWS = 40
 Teachers = dict[tuple[int, str | None], Tensor]  # (step, view) -> full-vocabulary log-probs [n, V]
+Rooms = dict[int, Tensor]  # memory for the log-probs of each teacher in turn
 
 
 @dataclass(frozen=True)
@@ -80,16 +81,16 @@ class _Objective(torch.autograd.Function):
         wanted = zip(inputs[1:], wants[1:], strict=True)
         sums = [torch.zeros_like(t, dtype=wide) if want else None for t, want in wanted]
         size = max(1, min(hidden.shape[0], head.chunk(chunk)))
-        room = scratch.room("chunk", size, head.size, hidden, wide)
+        room, rooms = scratch.room("chunk", size, head.size, hidden, wide), Rooms()  # memory that every chunk uses anew
         for part in chunks(hidden.shape[0], size):
             h = hidden[part].detach()
             local = _slice(terms, part, hidden.shape[0], wide)
             dz = head.logits(h, room[: h.shape[0]])
             fused = fusable([t.loss for t in local], head.softcap, wide) if kernel == "triton" and any(wants) else None
             if fused is not None and _is_full(local[0]):
-                values = [_fused_gradient(dz, head, local[0], fused)]
+                values = [_fused_gradient(dz, head, local[0], fused, rooms)]
             else:
-                values = _to_gradient(dz, head, local, any(wants))
+                values = _to_gradient(dz, head, local, any(wants), rooms)
             for term, row, value in zip(local, rows, values, strict=True):
                 row[part] = value
                 total += (term.coef * value).sum()
@@ -126,7 +127,7 @@ def _slice(terms: Sequence[RowTerm], part: slice, n: int, dtype: torch.dtype) ->
 
 
 def _to_gradient(
-    z: Float[Tensor, "n V"], head: Head, terms: Sequence[RowTerm], backward: bool
+    z: Float[Tensor, "n V"], head: Head, terms: Sequence[RowTerm], backward: bool, rooms: Rooms
 ) -> list[Float[Tensor, " n"]]:
     """Turn a chunk's logits into the gradient of the weighted sum with respect to `weight h + bias`, in place if
     `backward`; give every term's row losses."""
@@ -138,7 +139,7 @@ def _to_gradient(
         sparse = [_differentiate(read, backward) for read in reads]
     found = iter(sparse)
     values = [z.new_empty(z.shape[0]) if _is_full(t) else next(found).value for t in terms]
-    for block, rows in _sweep(z, [t for _, t in full], head) if full or backward else ():
+    for block, rows in _sweep(z, [t for _, t in full], head, rooms) if full or backward else ():
         with exact(z):
             row, dz = z[block], None
             for i, term in full:
@@ -155,24 +156,28 @@ def _to_gradient(
     return values
 
 
-def _fused_gradient(z: Float[Tensor, "n V"], head: Head, term: RowTerm, loss: Divergence) -> Float[Tensor, " n"]:
+def _fused_gradient(
+    z: Float[Tensor, "n V"], head: Head, term: RowTerm, loss: Divergence, rooms: Rooms
+) -> Float[Tensor, " n"]:
     """`_to_gradient` of one KL over the whole vocabulary, by the fused kernel; the teacher's logits stay as they are."""
     from opdkit.kernels_triton import kl_rows
 
     values, coef = z.new_empty(z.shape[0]), term.coef * (head.scale / head.temperature)
     for part in chunks(z.shape[0], max(1, teacher_rows(z.shape[0]))):
-        teacher = _teachers([term], head, part, logits=True)[_view(term)]
+        teacher = _teachers([term], head, part, rooms, logits=True)[_view(term)]
         values[part] = kl_rows(z[part], teacher, coef[part], reverse=loss.kind == "reverse_kl")
     return values
 
 
-def _sweep(z: Float[Tensor, "n V"], full: Sequence[RowTerm], head: Head) -> Iterator[tuple[slice, Teachers]]:
+def _sweep(
+    z: Float[Tensor, "n V"], full: Sequence[RowTerm], head: Head, rooms: Rooms
+) -> Iterator[tuple[slice, Teachers]]:
     """Blocks of a chunk's rows with the teachers' log-probs on them, which exist for a part of the chunk at a time. Their
     products follow autocast, so the caller must not have switched it off."""
     n, width = z.shape
     step = teacher_rows(n) if any(t.loss.teacher is not None for t in full) else n
     for part in chunks(n, max(1, step)):
-        teachers = _teachers(full, head, part)
+        teachers = _teachers(full, head, part, rooms)
         for block in blocks(part.stop - part.start, width, z.device):
             inside = {view: rows[block] for view, rows in teachers.items()}
             yield slice(part.start + block.start, part.start + block.stop), inside
@@ -193,7 +198,7 @@ def _view(term: RowTerm) -> tuple[int, str | None]:
     return id(term.step), term.loss.teacher
 
 
-def _teachers(full: Sequence[RowTerm], head: Head, rows: slice, logits: bool = False) -> Teachers:
+def _teachers(full: Sequence[RowTerm], head: Head, rows: slice, rooms: Rooms, logits: bool = False) -> Teachers:
     """Log-probs of every view with support Full that the terms read, formed once; with `logits`, or any other logits of the
     same distribution. ModelError for another vocabulary."""
     found: Teachers = {}
@@ -204,9 +209,11 @@ def _teachers(full: Sequence[RowTerm], head: Head, rows: slice, logits: bool = F
         given, index = term.step.views[teacher].full, len(found)
         assert given is not None
         if isinstance(given, HeadRows):
-            form, dtype = given.logits if logits else given.log_probs, precision(given.hidden)[1]
-            out = scratch.room(f"teacher {index}", rows.stop - rows.start, given.head.size, given.hidden, dtype)
-            found[view] = form(rows, out)
+            n, dtype = rows.stop - rows.start, precision(given.hidden)[1]
+            if index not in rooms:  # the first rows are the most that it is asked for
+                rooms[index] = scratch.room(f"teacher {index}", n, given.head.size, given.hidden, dtype)
+            form = given.logits if logits else given.log_probs
+            found[view] = form(rows, rooms[index][:n])
         else:
             found[view] = given.log_probs(rows)
         if found[view].shape[1] != head.size:
