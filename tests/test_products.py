@@ -1,18 +1,37 @@
 """Products of few rows: the same numbers as torch's own, whichever way round they are formed."""
 
+import platform
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from opdkit import lm_head, products
 from opdkit.head import Head
-from opdkit.products import FEW, LEAST, Linear, differs, few, install, linear, outer, pieces, rounded, times, wide
+from opdkit.products import (
+    FEW,
+    LEAST,
+    SOME,
+    Linear,
+    differs,
+    few,
+    install,
+    linear,
+    outer,
+    pieces,
+    rounded,
+    some,
+    times,
+    wide,
+)
 
 
 @pytest.fixture
 def turning(monkeypatch) -> None:
-    """As on a processor where products of few rows are turned."""
+    """As on a processor where products of few rows are turned, and all others are MKL's."""
     monkeypatch.setattr(products, "TURNS", True)
+    monkeypatch.setattr(products, "SPLIT", False)
 
 
 @pytest.mark.parametrize("rows", [0, 1, 2, 3, FEW, FEW + 1])
@@ -56,17 +75,19 @@ def test_a_heads_logits_do_not_depend_on_it(turning, rows, monkeypatch):
 WITH_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
-@pytest.fixture(params=[False, True], ids=["torch", "onednn"])
+@pytest.fixture(params=["torch", "onednn", "some"])
 def preferred(request, monkeypatch) -> bool:
-    """Whether products of any size are oneDNN's."""
-    if request.param and not WITH_ONEDNN:
+    """Whether products of any size are oneDNN's; "some": those of any size with 5 to 64 rows that add to nothing."""
+    if request.param != "torch" and not WITH_ONEDNN:
         pytest.skip("this torch has no oneDNN")
     for module in (products, lm_head):
-        monkeypatch.setattr(module, "prefers_onednn", lambda: request.param)
+        monkeypatch.setattr(module, "prefers_onednn", lambda: request.param == "onednn")
+    monkeypatch.setattr(products, "SPLIT", request.param == "some")
+    if request.param == "some":
+        monkeypatch.setattr(products, "LEAST", 1)
     for name in ("WIDE_PRODUCT", "WIDE_OUTER", "WIDE_SUM", "WIDE_ROWS"):
         monkeypatch.setattr(products, name, 1)
-    monkeypatch.setattr(products.wide, "__defaults__", (1,))
-    return bool(request.param)
+    return bool(request.param == "onednn")
 
 
 def whole(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -77,6 +98,7 @@ def whole(*shape: int, seed: int = 0) -> torch.Tensor:
 @pytest.mark.parametrize("sizes", [(5, 7, 3), (70, 33, 129), (1, 4, 2), (1000, 5, 9)])
 def test_products_are_exact(sizes, preferred):
     n, k, v = sizes
+    assert wide(torch.zeros(n, k), v) == preferred
     x, w, g = whole(n, k), whole(v, k, seed=1), whole(n, v, seed=2)
     assert torch.equal(linear(x, w), x @ w.T) and torch.equal(linear(x, w, w[:, 0]), x @ w.T + w[:, 0])
     assert torch.equal(times(g, w), g @ w)
@@ -153,6 +175,35 @@ def test_what_onednn_is_asked_for(turning, monkeypatch):
     assert (rounded(255), rounded(256), rounded(257), rounded(640)) == (255, 256, 320, 640)
     monkeypatch.setattr(products, "prefers_onednn", lambda: False)
     assert not wide(large, 64) and rounded(257) == 257
+
+
+def test_some_rows_are_onednns_where_its_width_is_half(turning, monkeypatch):
+    monkeypatch.setattr(products, "prefers_onednn", lambda: False)
+    large = torch.zeros(LEAST // 8, 8)
+    assert not some(torch.zeros(16, 8), large.shape[0])
+    monkeypatch.setattr(products, "SPLIT", True)
+    assert (SOME.start, SOME.stop - 1) == (5, 64)
+    assert [some(torch.zeros(n, 8), large.shape[0]) for n in (4, 5, 64, 65)] == [False, True, True, False]
+    assert [few(torch.zeros(n, 8), large) for n in (4, 5, FEW)] == [True, False, False]
+    assert not some(torch.zeros(16, 8), large.shape[0] - 1)
+    assert not some(torch.zeros(16, 8).double(), large.shape[0])
+    assert not some(torch.zeros(16, 8, device="meta"), large.shape[0])
+
+
+@pytest.mark.parametrize(
+    "about, family",
+    [
+        ("vendor_id\t: AuthenticAMD\ncpu family\t: 25\nmodel\t\t: 17\n", 25),
+        ("AMD64 Family 26 Model 2 Stepping 1, AuthenticAMD", 26),
+        ("vendor_id\t: GenuineIntel\ncpu family\t: 6\n", None),
+        ("arm", None),
+        ("AuthenticAMD", 0),
+    ],
+)
+def test_the_family_of_amds_processors(about, family, monkeypatch):
+    monkeypatch.setattr(platform, "processor", lambda: about)
+    monkeypatch.setattr(Path, "is_file", lambda _: False)
+    assert products._family() == family
 
 
 @pytest.mark.parametrize("frozen", [False, True])

@@ -1,13 +1,15 @@
 """Matrix products on a CPU where torch's own leave time lying about: few rows, and processors that its library neglects.
 
 Axes: m, n rows, k columns of x, v outputs. torch multiplies float32 with MKL, which knows the processors of Intel best. On
-those of AMD few rows of a product go to one thread, and where there is AVX-512 MKL uses half of its width; oneDNN, which
-torch carries for other types and uses for float32 in compiled graphs only, uses all of it. Left out: other types, devices
-and processors, where these are torch's products.
+those of AMD few rows of a product go to one thread, and where AVX-512 has units of its full width (family 26, Zen 5) MKL
+uses half of it; oneDNN, which torch carries for other types and uses for float32 in compiled graphs only, uses all of it.
+Where AVX-512 goes through units of half the width (family 25, Zen 4) oneDNN gains on a few dozen rows only. Left out: other
+types, devices and processors, where these are torch's products.
 """
 
 import os
 import platform
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -27,17 +29,19 @@ OUTER_ENTRIES = 2**19  # of such a sum formed at a time before it is added: a la
 SHAPES = 64  # that oneDNN keeps, half a megabyte of code each; its own default is 1,024. A step of a small model has 40
 ROWS = 512  # of the largest piece in which oneDNN is given many rows; the others are its halves down to
 LEAST_ROWS = 64  # ... and what is left at the end
+FULL_WIDTH = 26  # AMD's family from which on AVX-512 has units of 512 bits
+SOME = range(5, LEAST_ROWS + 1)  # rows of which oneDNN makes more than MKL and than a turned product, below that family
 
 
 def linear(x: Float[Tensor, "n k"], weight: Float[Tensor, "v k"], bias: Tensor | None = None) -> Float[Tensor, "n v"]:
     """x weight^T + bias, differentiable in all three.
 
-    Up to FEW rows on a processor of AMD are formed as weight x^T where the weight is large and oneDNN is not preferred
-    (`wide`): MKL divides a product among threads by the rows of its result there. It reads a large weight once for each of
-    2 or 3 rows of x: there the turned product takes a third to a ninth of the time, for 8 rows two thirds (two threads). One
-    row goes as two, because matrix x vector stays on one thread. On Intel's processors MKL is the faster one throughout.
+    Up to FEW rows on a processor of AMD are formed as weight x^T where the weight is large and the product not oneDNN's
+    (`wide`, `some`): MKL divides a product among threads by the rows of its result there. It reads a large weight once for
+    each of 2 or 3 rows of x: there the turned product takes a third to a ninth of the time, for 8 rows two thirds (two
+    threads). One row goes as two, because matrix x vector stays on one thread. On Intel's processors MKL is the faster one.
     """
-    if wide(x, weight.shape[0]):
+    if wide(x, weight.shape[0]) or some(x, weight.shape[0]):
         if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
             found: Tensor = _Linear.apply(x, weight, bias)  # type: ignore[no-untyped-call]
             return found
@@ -57,13 +61,15 @@ def differs(dtype: torch.dtype) -> bool:
 
 def few(x: Float[Tensor, "n k"], weight: Float[Tensor, "v k"]) -> bool:
     """Whether `linear` turns the product round."""
-    fits = TURNS and 0 < x.shape[0] <= FEW and weight.numel() >= LEAST and not wide(x, weight.shape[0])
+    outputs = weight.shape[0]
+    fits = TURNS and 0 < x.shape[0] <= FEW and weight.numel() >= LEAST
+    fits = fits and not wide(x, outputs) and not some(x, outputs)
     return fits and x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64)
 
 
 def times(a: Float[Tensor, "m k"], b: Float[Tensor, "k n"]) -> Float[Tensor, "m n"]:
     """a b, without a gradient."""
-    return _by_rows(a, b.T) if wide(a, b.shape[1]) else a @ b
+    return _by_rows(a, b.T) if wide(a, b.shape[1]) or some(a, b.shape[1]) else a @ b
 
 
 def outer(a: Float[Tensor, "m n"], b: Float[Tensor, "m k"]) -> Float[Tensor, "n k"]:
@@ -84,7 +90,7 @@ def add_times(
     total: Float[Tensor, "m n"], a: Float[Tensor, "m k"], b: Float[Tensor, "k n"], fresh: bool = False
 ) -> None:
     """total += a b, in place, without a gradient; `fresh`: total = a b, whatever was there."""
-    if wide(a, b.shape[1], WIDE_SUM):
+    if wide(a, b.shape[1], WIDE_SUM) or some(a, b.shape[1]):
         found = _by_rows(a, b.T)
         total.copy_(found) if fresh else total.add_(found)
     else:
@@ -102,11 +108,18 @@ def add_outer(total: Float[Tensor, "n k"], a: Float[Tensor, "m n"], b: Float[Ten
         total[part] += outer(a[:, part], b)
 
 
-def wide(a: Float[Tensor, "m k"], n: int, least: int = WIDE_PRODUCT) -> bool:
+def wide(a: Float[Tensor, "m k"], n: int, least: int | None = None) -> bool:
     """Whether a product of `a` with n columns is oneDNN's: float32, large enough, on a processor that gains by it."""
     if a.dtype != torch.float32 or a.device.type != "cpu" or a.shape[0] < WIDE_ROWS:
         return False
-    return a.shape[0] * a.shape[1] * n >= least and prefers_onednn()
+    return a.shape[0] * a.shape[1] * n >= (WIDE_PRODUCT if least is None else least) and prefers_onednn()
+
+
+def some(a: Float[Tensor, "m k"], n: int) -> bool:
+    """Whether a product of `a` with n columns is oneDNN's on a processor where only a few dozen rows gain by it: with large
+    matrices it has 1 to 2 times MKL's rate there."""
+    fits = SPLIT and a.shape[0] in SOME and a.shape[1] * n >= LEAST
+    return fits and a.dtype == torch.float32 and a.device.type == "cpu"
 
 
 def pieces(n: int) -> Iterator[slice]:
@@ -126,8 +139,13 @@ def rounded(rows: int) -> int:
 
 
 def prefers_onednn() -> bool:
-    """Whether float32 products are faster with oneDNN: MKL is torch's library and the processor AMD's with AVX-512."""
+    """Whether float32 products are faster with oneDNN: MKL is torch's library, the processor AMD's with AVX-512 in full."""
     return NEGLECTED
+
+
+def keeps_kernels() -> bool:
+    """Whether oneDNN makes code for products that this process keeps."""
+    return NEGLECTED or SPLIT
 
 
 def _by_rows(x: Float[Tensor, "n k"], weight: Float[Tensor, "v k"], bias: Tensor | None = None) -> Float[Tensor, "n v"]:
@@ -142,6 +160,8 @@ def _by_rows(x: Float[Tensor, "n k"], weight: Float[Tensor, "v k"], bias: Tensor
 def _onednn(x: Float[Tensor, "n k"], weight: Float[Tensor, "v k"], bias: Tensor | None = None) -> Float[Tensor, "n v"]:
     if not (weight.is_contiguous() or weight.T.is_contiguous()):
         weight = weight.contiguous()  # other layouts are multiplied by loops
+    if bias is not None:
+        bias = bias.contiguous()  # another one is read as if it were
     found: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return found
 
@@ -182,24 +202,28 @@ class _Linear(torch.autograd.Function):
         )
 
 
-def _amd() -> bool:
+def _family() -> int | None:
+    """That of a processor of AMD; None for others. Linux says "cpu family : 25", Windows "AMD64 Family 25"."""
     cpuinfo = Path("/proc/cpuinfo")
-    processor = platform.processor() + (cpuinfo.read_text(encoding="utf-8") if cpuinfo.is_file() else "")
-    return "AuthenticAMD" in processor
+    about = platform.processor() + (cpuinfo.read_text(encoding="utf-8") if cpuinfo.is_file() else "")
+    family = re.search(r"family\s*:?\s*(\d+)", about, re.IGNORECASE)
+    return (int(family[1]) if family else 0) if "AuthenticAMD" in about else None
 
 
-def _neglected() -> bool:
-    """torch calls oneDNN by a private name, so a small product is tried first."""
+def _onednn_knows_better() -> bool:
+    """An AMD with AVX-512, and an oneDNN that works: torch calls it by a private name, so a small product is tried first."""
     with_mkl = torch.backends.mkl.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512"
     if not with_mkl or not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         return False
-    if not AMD:
+    if FAMILY is None:
         return False
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(SHAPES))  # read at the first product
     a, b = torch.arange(6.0).view(2, 3), torch.arange(12.0).view(4, 3)
     return torch.equal(_onednn(a, b), a @ b.T)
 
 
-AMD = _amd()
-TURNS = AMD and torch.backends.mkl.is_available()
-NEGLECTED = _neglected()  # asked once, before anybody plans with tensors that hold no numbers
+FAMILY = _family()
+TURNS = FAMILY is not None and torch.backends.mkl.is_available()
+_KNOWS = _onednn_knows_better()  # asked once, before anybody plans with tensors that hold no numbers
+NEGLECTED = _KNOWS and FAMILY is not None and FAMILY >= FULL_WIDTH
+SPLIT = _KNOWS and not NEGLECTED
