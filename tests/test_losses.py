@@ -11,7 +11,7 @@ import torch
 from synthetic import logit_gradient, logits, make_step
 from torch import Tensor
 
-from opdkit.divergences import MIXED, Kind, Tail, divergence, entries, log_mixture, on_support
+from opdkit.divergences import MIXED, Kind, LogProbs, Tail, divergence, entries, log_mixture, on_support
 from opdkit.losses import CrossEntropy, Divergence, PolicyGradient, SupportPolicyGradient
 from opdkit.method import Method, Term, View
 from opdkit.pieces import minus
@@ -89,7 +89,9 @@ def on_candidates(loss: Divergence, p: Tensor, q: Tensor, ids: Tensor, valid: Te
 ])  # fmt: skip
 def test_divergences_by_hand(kind, mix, alpha, value):
     assert divergence(logs(P), logs(Q), kind, mix, alpha).item() == pytest.approx(value, abs=1e-11)
-    assert Divergence(kind, mix, alpha).full(logs(P), logs(Q))[0].item() == pytest.approx(value, abs=1e-11)
+    assert Divergence(kind, mix, alpha).full(LogProbs(logs(P)), LogProbs(logs(Q)))[0].item() == pytest.approx(
+        value, abs=1e-11
+    )
 
 
 def test_two_tokens_by_hand():
@@ -134,7 +136,7 @@ def test_full_gradient_is_that_of_the_dense_formula(case):
     z, q = logits(6, 7, seed=3).requires_grad_(True), logits(6, 7, seed=4).softmax(-1)
     value = dense(case, z.softmax(-1), q)
     (gradient,) = torch.autograd.grad(value.sum(), z)
-    got_value, got_gradient = Divergence(*case).full(z.detach().log_softmax(-1), q.log())
+    got_value, got_gradient = Divergence(*case).full(LogProbs(z.detach().log_softmax(-1)), LogProbs(q.log()))
     assert (got_value - value).abs().max() < 2e-14 and (got_gradient - gradient).abs().max() < 2e-14
 
 
@@ -143,13 +145,13 @@ def test_full_gradient_against_finite_differences(case):
     z, q = logits(1, 5, seed=5), logits(1, 5, seed=6).softmax(-1)
     steps = 1e-6 * torch.eye(5, dtype=torch.float64)
     slopes = (dense(case, (z + steps).softmax(-1), q) - dense(case, (z - steps).softmax(-1), q)) / 2e-6
-    assert (Divergence(*case).full(z.log_softmax(-1), q.log())[1][0] - slopes).abs().max() < 1e-8
+    assert (Divergence(*case).full(LogProbs(z.log_softmax(-1)), LogProbs(q.log()))[1][0] - slopes).abs().max() < 1e-8
 
 
 @pytest.mark.parametrize("case", KINDS, ids=str)
 def test_slopes_are_derivatives_of_the_summands(case):
     p = logits(4, 6, seed=5).log_softmax(-1).requires_grad_(True)
-    found = entries(p, logits(4, 6, seed=6).log_softmax(-1), *case)
+    found = entries(LogProbs(p), LogProbs(logits(4, 6, seed=6).log_softmax(-1)), *case)
     (slope,) = torch.autograd.grad(found.value.sum(), p)
     assert (found.slope - found.free * found.mass - slope).abs().max() < 1e-14
 
@@ -158,7 +160,7 @@ def test_slopes_are_derivatives_of_the_summands(case):
 @pytest.mark.parametrize("case", KINDS, ids=str)
 def test_at_the_teacher_the_gradient_vanishes_in_every_precision(case, dtype):
     p = logits(5, 300, seed=5).to(dtype).log_softmax(-1)
-    value, gradient = Divergence(*case).full(p, p.clone())
+    value, gradient = Divergence(*case).full(LogProbs(p), LogProbs(p.clone()))
     assert gradient.abs().max() < 2 * torch.finfo(dtype).eps
     assert case[0] == "cross_entropy" or value.abs().max() < 20 * torch.finfo(dtype).eps
 
@@ -167,9 +169,9 @@ def test_total_variation_at_equality_has_subgradient_zero_and_ignores_rounding()
     p = logs([0.5, 0.3, 0.2]).float()
     near = p + torch.tensor([[1e-7, -2e-7, 1e-7]])  # what another pass over the same distribution returns
     for q in (p, near):
-        value, gradient = Divergence("total_variation").full(p, q)
+        value, gradient = Divergence("total_variation").full(LogProbs(p), LogProbs(q))
         assert value.item() == 0.0 and not gradient.any()
-    value, gradient = Divergence("total_variation").full(p, logs([0.49, 0.3, 0.21]).float())
+    value, gradient = Divergence("total_variation").full(LogProbs(p), LogProbs(logs([0.49, 0.3, 0.21]).float()))
     # side (+, 0, -) / 2: p_j (side_j - sum p side) with sum p side = .15
     assert value.item() == pytest.approx(0.01, abs=1e-7)
     assert gradient.tolist()[0] == pytest.approx([0.175, -0.045, -0.13], abs=1e-6)
@@ -477,14 +479,14 @@ def test_outcomes_without_mass_are_finite_in_float32(case):
     p = torch.tensor([[0.0, none, none, none], [log(0.5), log(0.5), none, none]])
     for q in (p.flip(0), p.flip(1), p):
         for loss in (Divergence(*case), Divergence(*case, entry_max=0.5, row_max=2.0)):
-            value, gradient = loss.full(p, q)
+            value, gradient = loss.full(LogProbs(p), LogProbs(q))
             assert torch.isfinite(value).all() and torch.isfinite(gradient).all()
 
 
 def test_far_divergences_have_their_limits():
     p, q = FAR[1:2].log_softmax(-1), FAR_TEACHER[1:2].log_softmax(-1)  # all mass on one token each, 160 nats apart
-    assert Divergence("reverse_kl").full(p, q)[0].item() == pytest.approx(160.0)
-    assert Divergence("forward_kl").full(p, q)[0].item() == pytest.approx(160.0)
-    value, gradient = Divergence("jsd", 0.25).full(p, q)
+    assert Divergence("reverse_kl").full(LogProbs(p), LogProbs(q))[0].item() == pytest.approx(160.0)
+    assert Divergence("forward_kl").full(LogProbs(p), LogProbs(q))[0].item() == pytest.approx(160.0)
+    value, gradient = Divergence("jsd", 0.25).full(LogProbs(p), LogProbs(q))
     assert value.item() == pytest.approx(0.25 * log(4) + 0.75 * log(4 / 3), rel=1e-6)  # the entropy of the mixing share
     assert gradient.abs().max() < 1e-6

@@ -11,7 +11,7 @@ import torch
 from synthetic import expected_gradient, identity, logit_gradient, logits, make_step
 from torch import Tensor
 
-from opdkit.divergences import divergence
+from opdkit.divergences import LogProbs, divergence
 from opdkit.errors import MethodError
 from opdkit.head import RowTerm, objective
 from opdkit.losses import (
@@ -250,7 +250,7 @@ def test_entropy_beside_a_teacher_over_the_whole_vocabulary():
 
 
 def test_a_uniform_student_has_most_entropy():
-    value, gradient = Entropy().full(torch.full((1, 8), -log(8)), None)
+    value, gradient = Entropy().full(LogProbs(torch.full((1, 8), -log(8))), None)
     assert value.item() == pytest.approx(-log(8), abs=1e-6) and gradient.abs().max() < 1e-7
 
 

@@ -13,6 +13,7 @@ Left out: divergences that are infinite on ordinary language-model rows, such as
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal, get_args
 
 import torch
@@ -50,6 +51,25 @@ def check_divergence(kind: Kind, mix: float, alpha: float) -> None:
         )
 
 
+@dataclass
+class LogProbs:
+    """Log-probs of some rows, in nats; their exponentials are formed once, when they are first asked for.
+
+    Whoever has normalised the rows gives the exponentials of their logits, shifted, and the sums to divide them by.
+    """
+
+    log: Float[Tensor, "*r"]
+    shifted: Float[Tensor, "*r"] | None = None
+    norm: Float[Tensor, "*b 1"] | None = None
+
+    @cached_property
+    def mass(self) -> Float[Tensor, "*r"]:
+        """The probabilities; not to be changed while anybody reads them."""
+        if self.shifted is None or self.norm is None:
+            return self.log.exp()
+        return self.shifted.div_(self.norm)
+
+
 @dataclass(frozen=True)
 class Entries:
     """A divergence outcome by outcome: summands l, and slopes s with dl / dlog p = s - free x mass.
@@ -67,22 +87,22 @@ def divergence(
     p: Float[Tensor, "n J"], q: Float[Tensor, "n J"], kind: Kind, mix: float = 0.5, alpha: float = 0.5
 ) -> Float[Tensor, " n"]:
     """The named divergence between two sets of log-probs over the same J outcomes; differentiable in p."""
-    return entries(p, q, kind, mix, alpha).value.sum(-1)
+    return entries(LogProbs(p), LogProbs(q), kind, mix, alpha).value.sum(-1)
 
 
-def entries(p: Float[Tensor, "n J"], q: Float[Tensor, "n J"], kind: Kind, mix: float, alpha: float) -> Entries:
+def entries(student: LogProbs, teacher: LogProbs, kind: Kind, mix: float, alpha: float) -> Entries:
     """Summands and slopes of the named divergence; only the summands are meant to be differentiated.
 
     Those of total_variation and alpha are never negative: alpha's is (a q + (1 - a) p - q^a p^(1 - a)) / (a (1 - a)),
     whose linear parts add up to 1 over all outcomes.
     """
     if kind in MIXED:
-        return _mixed(p, q, kind, mix)
-    ours = p.exp()
+        return _mixed(student, teacher, kind, mix)
+    p, q, ours = student.log, teacher.log, student.mass
     if kind == "reverse_kl":
         value = ours * (p - q)
         return Entries(value, value, ours, -1.0)
-    theirs = q.exp()
+    theirs = teacher.mass
     if kind == "total_variation":
         side = above(p, q) / 2
         return Entries(side * (ours - theirs), side * ours, ours)
@@ -93,13 +113,13 @@ def entries(p: Float[Tensor, "n J"], q: Float[Tensor, "n J"], kind: Kind, mix: f
     return Entries(-theirs * (p if kind == "cross_entropy" else p - q), ours - theirs, ours, 1.0)
 
 
-def _mixed(p: Float[Tensor, "n J"], q: Float[Tensor, "n J"], kind: Kind, mix: float) -> Entries:
+def _mixed(student: LogProbs, teacher: LogProbs, kind: Kind, mix: float) -> Entries:
     """The kinds that compare with m = mix q + (1 - mix) p.
 
     log m is taken of the sum of masses, at half the cost of `log_mixture`. Where both masses are below the smallest
     normal number it is wrong, and counts for nothing: every summand has a mass as its factor.
     """
-    ours, theirs = p.exp(), q.exp()
+    p, q, ours, theirs = student.log, teacher.log, student.mass, teacher.mass
     mixture = torch.lerp(ours, theirs, mix).clamp_(min=torch.finfo(p.dtype).tiny)
     if kind == "jsd":
         m = mixture.log_()

@@ -12,39 +12,30 @@ Left out: sharded (tensor-parallel) heads, second derivatives.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from opdkit import scratch
 from opdkit.config import HeadKernel
+from opdkit.divergences import LogProbs
 from opdkit.errors import ModelError
 from opdkit.kernels import fusable
-from opdkit.lm_head import PARAMETERS, Head, HeadRows, TableRows, blocks, chunks, exact, normalise, precision
+from opdkit.lm_head import PARAMETERS, Head, HeadRows, TableRows, blocks, chunks, exact, normalise_block, precision
 from opdkit.losses import Divergence
-from opdkit.row_scores import RowScores, clear, score_rows, tail_of
-from opdkit.rows import FullLoss, Loss, SparseLoss, StudentRows
-from opdkit.step import Step
+from opdkit.row_scores import RowScores, score_rows, tail_of
+from opdkit.rows import FullLoss, RowTerm
+from opdkit.sparse_rows import add_sparse, differentiate, normalise_reads, read
 
 __all__ = [
     "Head", "HeadRows", "RowScores", "RowTerm", "TableRows", "blocks", "chunks", "objective", "score_rows", "tail_of",
 ]  # fmt: skip
 
 TEACHER_ROWS = 40
-Teachers = dict[tuple[int, str | None], Tensor]  # (step, view) -> full-vocabulary log-probs [n, V]
-Rooms = dict[int, Tensor]  # memory for the log-probs of each teacher in turn
-
-
-@dataclass(frozen=True)
-class RowTerm:
-    """One term on N rows: a row-wise loss, the step restricted to these rows, its signal and a coefficient per row."""
-
-    loss: Loss
-    step: Step
-    signal: Float[Tensor, " N"] | Float[Tensor, "N K"] | None
-    coef: Float[Tensor, " N"]  # term coefficient x reduction x weight
+View = tuple[int, str | None]  # step and teacher
+Rooms = dict[int, Tensor]  # memory for the logits of each teacher in turn
 
 
 def objective(
@@ -134,21 +125,24 @@ def _to_gradient(
     full = [(i, t) for i, t in enumerate(terms) if _is_full(t)]
     keep = bool(full) or head.softcap is not None
     with exact(z):
-        reads = [_read(t, z) for t in terms if not _is_full(t)]
-        lse = _normalise(z, reads, keep)
-        sparse = [_differentiate(read, backward) for read in reads]
+        reads = [read(t, z) for t in terms if not _is_full(t)]
+        lse = normalise_reads(z, reads, keep) if reads else z.new_empty(z.shape[0])  # whole rows: block by block below
+        sparse = [differentiate(r, backward) for r in reads]
     found = iter(sparse)
     values = [z.new_empty(z.shape[0]) if _is_full(t) else next(found).value for t in terms]
     for block, rows in _sweep(z, [t for _, t in full], head, rooms) if full or backward else ():
         with exact(z):
             row, dz = z[block], None
+            p = LogProbs(row)
+            if not reads:
+                p, lse[block] = normalise_block(row)
             for i, term in full:
                 assert isinstance(term.loss, FullLoss)
-                values[i][block], gradient = term.loss.full(row, rows.get(_view(term)))
+                values[i][block], gradient = term.loss.full(p, rows.get(_view(term)))
                 gradient *= term.coef[block, None]
                 dz = gradient if dz is None else dz.add_(gradient)
             if sparse and backward:
-                dz = _add_sparse(dz, row.exp() if keep else row, sparse, block)
+                dz = add_sparse(dz, p.mass if keep else row, sparse, block)
             if backward:
                 dz = row.zero_() if dz is None else head.through_tail(dz, row, lse[block])
                 if dz is not row:
@@ -164,27 +158,30 @@ def _fused_gradient(
 
     values, coef = z.new_empty(z.shape[0]), term.coef * (head.scale / head.temperature)
     for part in chunks(z.shape[0], max(1, teacher_rows(z.shape[0]))):
-        teacher = _teachers([term], head, part, rooms, logits=True)[_view(term)]
+        teacher = _teachers([term], head, part, rooms)[_view(term)][0]
         values[part] = kl_rows(z[part], teacher, coef[part], reverse=loss.kind == "reverse_kl")
     return values
 
 
 def _sweep(
     z: Float[Tensor, "n V"], full: Sequence[RowTerm], head: Head, rooms: Rooms
-) -> Iterator[tuple[slice, Teachers]]:
-    """Blocks of a chunk's rows with the teachers' log-probs on them, which exist for a part of the chunk at a time. Their
-    products follow autocast, so the caller must not have switched it off."""
+) -> Iterator[tuple[slice, dict[View, LogProbs]]]:
+    """Blocks of a chunk's rows with the teachers' log-probs on them, whose logits exist for a part of the chunk at a time.
+    Their products follow autocast, so the caller must not have switched it off."""
     n, width = z.shape
     step = teacher_rows(n) if any(t.loss.teacher is not None for t in full) else n
     for part in chunks(n, max(1, step)):
         teachers = _teachers(full, head, part, rooms)
         for block in blocks(part.stop - part.start, width, z.device):
-            inside = {view: rows[block] for view, rows in teachers.items()}
+            inside = {}
+            for view, (rows, normalised) in teachers.items():
+                with exact(z):
+                    inside[view] = LogProbs(rows[block]) if normalised else normalise_block(rows[block])[0]
             yield slice(part.start + block.start, part.start + block.stop), inside
 
 
 def teacher_rows(n: int) -> int:
-    """For how many of a chunk's n rows a teacher's log-probs exist at once: a quarter, but up to half where that is few,
+    """For how many of a chunk's n rows a teacher's logits exist at once: a quarter, but up to half where that is few,
     because products of few rows are slow."""
     return max((n + 3) // 4, min((n + 1) // 2, TEACHER_ROWS))
 
@@ -193,15 +190,17 @@ def _is_full(term: RowTerm) -> bool:
     return term.loss.over(term.step) == "full"
 
 
-def _view(term: RowTerm) -> tuple[int, str | None]:
+def _view(term: RowTerm) -> View:
     """Whose log-probs a term compares with: terms on one step and one teacher share them."""
     return id(term.step), term.loss.teacher
 
 
-def _teachers(full: Sequence[RowTerm], head: Head, rows: slice, rooms: Rooms, logits: bool = False) -> Teachers:
-    """Log-probs of every view with support Full that the terms read, formed once; with `logits`, or any other logits of the
-    same distribution. ModelError for another vocabulary."""
-    found: Teachers = {}
+def _teachers(
+    full: Sequence[RowTerm], head: Head, rows: slice, rooms: Rooms
+) -> dict[View, tuple[Float[Tensor, "n V"], bool]]:
+    """Logits of every view with support Full that the terms read, formed once, and whether they are log-probs already.
+    ModelError for another vocabulary."""
+    found: dict[View, tuple[Tensor, bool]] = {}
     for term in full:
         view, teacher = _view(term), term.loss.teacher
         if teacher is None or view in found:
@@ -212,122 +211,12 @@ def _teachers(full: Sequence[RowTerm], head: Head, rows: slice, rooms: Rooms, lo
             n, dtype = rows.stop - rows.start, precision(given.hidden)[1]
             if index not in rooms:  # the first rows are the most that it is asked for
                 rooms[index] = scratch.room(f"teacher {index}", n, given.head.size, given.hidden, dtype)
-            form = given.logits if logits else given.log_probs
-            found[view] = form(rows, rooms[index][:n])
+            found[view] = given.logits(rows, rooms[index][:n]), False
         else:
-            found[view] = given.log_probs(rows)
-        if found[view].shape[1] != head.size:
+            found[view] = given.log_probs(rows), True
+        if found[view][0].shape[1] != head.size:
             raise ModelError(
-                f"view '{teacher}' scores {found[view].shape[1]} token ids and the student {head.size}; a loss over "
+                f"view '{teacher}' scores {found[view][0].shape[1]} token ids and the student {head.size}; a loss over "
                 "the full vocabulary compares them id by id: both need the same real vocabulary"
             )
     return found
-
-
-@dataclass(frozen=True)
-class _Read:
-    """The few log-probs that a term reads, and the log of the mass outside them (sampled token: `valid`, `tail` None)."""
-
-    term: RowTerm
-    ids: Int[Tensor, "n K"]
-    valid: Bool[Tensor, "n K"] | None
-    logp: Float[Tensor, "n K"]  # logits until `_normalise`
-    tail: Float[Tensor, " n"] | None  # filled in by `_normalise`
-
-
-def _read(term: RowTerm, z: Float[Tensor, "n V"]) -> _Read:
-    if term.loss.over(term.step) == "sampled":
-        ids = term.step.tokens[:, None]
-        return _Read(term, ids, None, z.gather(1, ids), None)
-    assert term.loss.teacher is not None
-    found = term.step.views[term.loss.teacher].candidates
-    assert found is not None
-    return _Read(term, found.ids, found.valid, z.gather(1, found.ids), z.new_empty(z.shape[0]))
-
-
-def _normalise(z: Float[Tensor, "n V"], reads: Sequence[_Read], keep: bool) -> Float[Tensor, " n"]:
-    """Turn logits, in place, into probabilities, or log-probs if `keep`; fill in what is read; give the log-normalisers.
-
-    Probabilities cost the second sweep no exponential; a soft-cap and full-vocabulary losses need the logs.
-    """
-    lse = normalise(z) if keep else z.new_empty(z.shape[0])
-    tails = [r for r in reads if r.tail is not None]
-    for block in blocks(z.shape[0], z.shape[1], z.device) if tails or not keep else ():
-        p = z[block].exp() if keep else _probabilities(z[block], lse[block])
-        for r in tails:
-            assert r.tail is not None and r.valid is not None
-            inside = p.gather(1, r.ids[block])
-            r.tail[block] = tail_of(p, r.ids[block], r.valid[block])
-            p.scatter_(1, r.ids[block], inside)
-    for r in reads:
-        if keep:
-            torch.gather(z, 1, r.ids, out=r.logp)
-        else:
-            r.logp.sub_(lse[:, None])
-    return lse
-
-
-def _probabilities(z: Float[Tensor, "b V"], lse: Float[Tensor, " b"]) -> Float[Tensor, "b V"]:
-    """Turn logits into probabilities, in place; fill in the log-normalisers."""
-    top = z.amax(-1, keepdim=True)
-    p = z.sub_(top).exp_()
-    norm = p.sum(-1, keepdim=True)
-    lse.copy_((top + norm.log()).squeeze(1))
-    return p.div_(norm)
-
-
-@dataclass(frozen=True)
-class _Sparse:
-    """Row losses of a term that reads log-probs at K ids, and their gradient: per id, per tail, and the total [n]
-    that the softmax takes from every id."""
-
-    value: Float[Tensor, " n"]
-    ids: Int[Tensor, "n K"]
-    valid: Bool[Tensor, "n K"] | None
-    gradient: Float[Tensor, "n K"]
-    tail_gradient: Float[Tensor, " n"] | None  # divided by the tail's mass
-    total: Float[Tensor, " n"]
-
-
-def _differentiate(read: _Read, backward: bool) -> _Sparse:
-    """Evaluate a term on the few log-probs that it reads; autograd runs on [n, K] tensors only."""
-    term, valid, tail = read.term, read.valid, read.tail
-    assert isinstance(term.loss, SparseLoss)
-    leaf = read.logp.requires_grad_(backward)
-    if tail is not None:
-        tail.requires_grad_(backward)
-    with torch.set_grad_enabled(backward):
-        student = StudentRows(leaf[:, 0], None, None) if valid is None else StudentRows(None, leaf, tail)
-        rows = term.loss.rows(student, term.step, term.signal)
-        if not backward:
-            return _Sparse(rows, read.ids, valid, leaf, None, rows)  # nobody reads the gradients
-        inputs = [leaf] if tail is None else [leaf, tail]
-        found = torch.autograd.grad(torch.dot(term.coef, rows), inputs, allow_unused=True)
-    rows = rows.detach()
-    gradient = torch.zeros_like(leaf) if found[0] is None else found[0]
-    if tail is None or found[1] is None:
-        return _Sparse(rows, read.ids, valid, gradient, None, gradient.sum(-1))
-    mass = tail.detach().exp()
-    floored = mass <= 2 * torch.finfo(mass.dtype).tiny  # no id is outside: there is no mass to move
-    tail_gradient = found[1].masked_fill(floored, 0.0)
-    return _Sparse(rows, read.ids, valid, gradient, tail_gradient / mass, gradient.sum(-1) + tail_gradient)
-
-
-def _add_sparse(
-    dz: Float[Tensor, "b V"] | None, p: Float[Tensor, "b V"], sparse: Sequence[_Sparse], block: slice
-) -> Float[Tensor, "b V"]:
-    """Add d log p_k / dz_j = [j = k] - p_j and d log tail / dz_j = [j outside] p_j / tail - p_j; `p` is overwritten."""
-    taken = -torch.stack([s.total[block] for s in sparse]).sum(0)[:, None]
-    tails = [s for s in sparse if s.tail_gradient is not None]
-    if dz is None:
-        dz = p * taken if tails else p.mul_(taken)
-    else:
-        dz.addcmul_(p, taken)
-    for s in tails:
-        assert s.valid is not None and s.tail_gradient is not None
-        inside = p.gather(1, s.ids[block])
-        dz.addcmul_(clear(p, s.ids[block], s.valid[block]), s.tail_gradient[block, None])
-        p.scatter_(1, s.ids[block], inside)
-    for s in sparse:
-        dz.scatter_add_(1, s.ids[block], s.gradient[block])
-    return dz

@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from opdkit.divergences import LogProbs
 from opdkit.errors import ModelError, RecipeError
 from opdkit.products import add_outer, add_times, few, linear, prefers_onednn
 
@@ -231,12 +232,17 @@ def normalise(z: Float[Tensor, "n V"]) -> Float[Tensor, " n"]:
     lse = z.new_empty(z.shape[0])
     with exact(z):
         for block in blocks(z.shape[0], z.shape[1], z.device):
-            top = z[block].amax(-1, keepdim=True)
-            row = z[block].sub_(top)
-            norm = row.exp().sum(-1, keepdim=True).log_()
-            row.sub_(norm)
-            lse[block] = (top + norm).squeeze(1)
+            lse[block] = normalise_block(z[block])[1]
     return lse
+
+
+def normalise_block(z: Float[Tensor, "b V"]) -> tuple[LogProbs, Float[Tensor, " b"]]:
+    """The same for rows that fit one block, with the exponentials that it takes."""
+    top = z.amax(-1, keepdim=True)
+    shifted = z.sub_(top).exp()
+    norm = shifted.sum(-1, keepdim=True)
+    log = norm.log()
+    return LogProbs(z.sub_(log), shifted, norm), (top + log).squeeze(1)
 
 
 def exact(z: Tensor) -> torch.autocast:

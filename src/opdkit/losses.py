@@ -19,6 +19,7 @@ from torch import Tensor
 
 from opdkit.divergences import (
     Kind,
+    LogProbs,
     Tail,
     above,
     check_divergence,
@@ -220,13 +221,11 @@ class Divergence(Value):
         assert found is not None and student.candidates is not None
         p = on_support(student.candidates, student.tail, found.valid, self.tail)
         q = on_support(found.teacher, found.teacher_tail, found.valid, self.tail)
-        value = entries(p, q, self.kind, self.mix, self.alpha).value
+        value = entries(LogProbs(p), LogProbs(q), self.kind, self.mix, self.alpha).value
         row = (value if self.entry_max is None else value.clamp(max=self.entry_max)).sum(-1)
         return row if self.row_max is None else row.clamp(max=self.row_max)
 
-    def full(
-        self, p: Float[Tensor, "n V"], q: Float[Tensor, "n V"] | None
-    ) -> tuple[Float[Tensor, " n"], Float[Tensor, "n V"]]:
+    def full(self, p: LogProbs, q: LogProbs | None) -> tuple[Float[Tensor, " n"], Float[Tensor, "n V"]]:
         """Value and gradient with respect to the student's logits.
 
         With s_j = dD / dlog p_j the logit gradient is s_j - p_j sum_i s_i.
@@ -259,11 +258,9 @@ class Entropy(Value):
     def over(self, step: Step) -> Over:
         return "full"
 
-    def full(
-        self, p: Float[Tensor, "n V"], q: Float[Tensor, "n V"] | None
-    ) -> tuple[Float[Tensor, " n"], Float[Tensor, "n V"]]:
+    def full(self, p: LogProbs, q: LogProbs | None) -> tuple[Float[Tensor, " n"], Float[Tensor, "n V"]]:
         """Value and gradient p_j (log p_j + H) with respect to the student's logits."""
-        mass = p.exp()
-        summands = mass * p
+        mass = p.mass
+        summands = mass * p.log
         row = summands.sum(-1)
         return row, torch.addcmul(summands, mass, row[:, None], value=-1)

@@ -9,6 +9,7 @@ from typing import Literal, Protocol, runtime_checkable
 from jaxtyping import Float
 from torch import Tensor
 
+from opdkit.divergences import LogProbs
 from opdkit.step import Step
 
 Over = Literal["sampled", "candidates", "full"]
@@ -56,9 +57,17 @@ class SparseLoss(Protocol):
 class FullLoss(Protocol):
     """What a loss over the whole row adds: value and gradient with respect to the student's logits.
 
-    `p`, `q` are log-probs of student and teacher; `q` is None for a loss without a teacher.
+    `p`, `q` are rows of student and teacher, which other terms read as well; `q` is None for a loss without a teacher.
     """
 
-    def full(
-        self, p: Float[Tensor, "n V"], q: Float[Tensor, "n V"] | None
-    ) -> tuple[Float[Tensor, " n"], Float[Tensor, "n V"]]: ...
+    def full(self, p: LogProbs, q: LogProbs | None) -> tuple[Float[Tensor, " n"], Float[Tensor, "n V"]]: ...
+
+
+@dataclass(frozen=True)
+class RowTerm:
+    """One term on N rows: a row-wise loss, the step restricted to these rows, its signal and a coefficient per row."""
+
+    loss: Loss
+    step: Step
+    signal: Float[Tensor, " N"] | Float[Tensor, "N K"] | None
+    coef: Float[Tensor, " N"]  # term coefficient x reduction x weight
