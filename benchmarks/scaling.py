@@ -6,6 +6,7 @@ The head alone grows in N (tokens), V (vocabulary) and K (candidates); a step, p
 length, V and K. Every size runs in a process of its own; the fastest of a few rounds counts. Exponents are slopes of
 log time over log size by least squares, with a standard error, without the smallest third of the sizes, where constant
 parts weigh (Python, kernel calls, less than a chunk of logits); the goal is the exponent of the FLOPs that are needed.
+That of an update's memory leaves out sizes of less than two micro-batches, too, which need not fill the larger one.
 The bound is bound.py's. At the end the same step runs in one process and in two (replicated and sharded), alternating.
 About 12 minutes; --quick takes 2 and judges nothing. --device cuda computes on a GPU; two processes want two of them.
 """
@@ -26,7 +27,7 @@ from typing import Any
 import measure
 from grown_head import DEFAULT, LOSSES, HeadSize, measured_head
 from measure import Chart, Table, Target
-from sized import PHASES, Size, measured, worker
+from sized import PHASES, UPDATE_TOKENS, Size, measured, worker
 
 Json = dict[str, Any]
 MIB = 2**20
@@ -53,14 +54,16 @@ CONTENDERS = {  # name -> (processes, threads of each, sharding)
 }
 SHARED, FEW = Size(new=32, vocab=65536), Size(prompts=4, new=16)
 QUICK = 3  # sizes of a sweep
+FIXED = ("prompts", "group")  # what a micro-batch does not grow with
 
 
-def exponent(sizes: Sequence[float], values: Sequence[float]) -> tuple[float, float, int]:
-    """(slope of log value over log size, its standard error, points) without the smallest third of more than QUICK sizes.
+def exponent(sizes: Sequence[float], values: Sequence[float], least: int = 0) -> tuple[float, float, int]:
+    """(slope of log value over log size, its standard error, points) without the smallest third of more than QUICK sizes,
+    and without the first `least` of them.
 
     Raises ValueError for fewer than three points that are left, or a value that is not positive.
     """
-    skip = len(sizes) // 3 if len(sizes) > QUICK else 0
+    skip = max(least, len(sizes) // 3) if len(sizes) > QUICK else 0
     x, y = [math.log(s) for s in sizes[skip:]], [math.log(v) for v in values[skip:]]
     if len(x) < 3:
         raise ValueError(f"{len(sizes)} sizes leave {len(x)} points; a slope with an error needs 3")
@@ -85,12 +88,16 @@ class Report:
         self.charts: list[Chart] = []
         self.raw: Json = {}
 
-    def fits(self, what: str, variable: str, sizes: Sequence[int], rows: Sequence[Json]) -> tuple[float, float, float]:
-        """Add a line of exponents; returns those of time, FLOPs and memory."""
-        found = [exponent(sizes, [row[key] for row in rows]) for key in ("seconds", "flops", "bytes")]
+    def fits(
+        self, what: str, variable: str, sizes: Sequence[int], rows: Sequence[Json], part_full: int = 0
+    ) -> tuple[float, float, float]:
+        """Add a line of exponents; returns those of time, FLOPs and memory, this without the first `part_full` sizes."""
+        found = [exponent(sizes, [row[key] for row in rows]) for key in ("seconds", "flops")]
+        found.append(exponent(sizes, [row["bytes"] for row in rows], part_full))
         used = sizes[-found[0][2] :]
+        memory = shown(found[2]) if found[2][2] == found[0][2] else f"{shown(found[2])} from {sizes[-found[2][2]]:,} on"
         self.growth.rows.append([
-            what, NAMES[variable], f"{used[0]:,} to {used[-1]:,}", found[0][2], *map(shown, found),
+            what, NAMES[variable], f"{used[0]:,} to {used[-1]:,}", found[0][2], *map(shown, found[:2]), memory,
         ])  # fmt: skip
         print(self.growth.line(self.growth.rows[-1]), flush=True)
         return found[0][0], found[1][0], found[2][0]
@@ -164,11 +171,13 @@ def grow_step(report: Report, quick: bool, threads: int) -> None:
             table.rows.append([size, found["tokens"], *(cell for phase in PHASES for cell in cells(rows[phase][-1]))])
         report.tables.append(table)
         report.raw[f"step/{variable}"] = {"sizes": sizes, "rows": rows}
+        part_full = sum(replace(base, **{variable: size}).read < 2 * UPDATE_TOKENS for size in sizes)
         for phase in PHASES:
-            time, flops, memory = report.fits(phase, variable, sizes, rows[phase])
+            least = part_full if phase == "update" and variable in FIXED else 0
+            time, flops, memory = report.fits(phase, variable, sizes, rows[phase], least)
             if phase == "step":
                 report.aim(f"step: exponent of time in {NAMES[variable]}", f"the FLOPs' {flops:.2f}", flops, time)
-            if phase == "update" and variable in ("prompts", "group"):
+            if phase == "update" and variable in FIXED:
                 what = f"update: exponent of peak memory in {NAMES[variable]}, micro-batches fixed"
                 report.aim(what, "0", 0.0, memory)
         chart_both(report, "Step", variable, sizes, rows)

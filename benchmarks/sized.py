@@ -45,6 +45,11 @@ class Size:
         """N."""
         return self.prompts * self.group * self.new
 
+    @property
+    def read(self) -> int:
+        """Tokens that an update reads, every prompt once."""
+        return self.prompts * (self.prompt + self.group * self.new)
+
     def about(self, grows: str = "") -> str:
         """In words, without the variable that grows."""
         support = "" if grows == "k" else ", the whole vocabulary compared" if self.k is None else f", top {self.k}"
