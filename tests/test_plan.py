@@ -215,7 +215,6 @@ def test_kernels_that_onednn_keeps_count(small, monkeypatch):
     found = {}
     for wide in (False, True):
         monkeypatch.setattr(products, "NEGLECTED", wide)
-        monkeypatch.setattr(products, "SPLIT", False)
         monkeypatch.setattr(rehearse, "_MEASURED", {})
         rehearsal = Rehearsal(architecture, cuda=False)
         found[wide] = left(), rehearsal.forward(texts, False), rehearsal.update(texts, False, 0, False)

@@ -143,11 +143,6 @@ def prefers_onednn() -> bool:
     return NEGLECTED
 
 
-def keeps_kernels() -> bool:
-    """Whether oneDNN makes code for products that this process keeps."""
-    return NEGLECTED or SPLIT
-
-
 def _by_rows(x: Float[Tensor, "n k"], weight: Float[Tensor, "v k"], bias: Tensor | None = None) -> Float[Tensor, "n v"]:
     if x.shape[0] <= LEAST_ROWS:
         return _onednn(x, weight, bias)

@@ -23,8 +23,8 @@ class Read:
     term: RowTerm
     ids: Int[Tensor, "n K"]
     valid: Bool[Tensor, "n K"] | None
-    logp: Float[Tensor, "n K"]  # logits until `_normalise`
-    tail: Float[Tensor, " n"] | None  # filled in by `_normalise`
+    logp: Float[Tensor, "n K"]  # logits until `normalise_reads`
+    tail: Float[Tensor, " n"] | None  # filled in by `normalise_reads`
 
 
 def read(term: RowTerm, z: Float[Tensor, "n V"]) -> Read:

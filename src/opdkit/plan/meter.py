@@ -11,7 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from opdkit.products import keeps_kernels
+from opdkit.products import prefers_onednn
 
 MAPPED = 2**25  # bytes: larger blocks go back to the system as soon as they are freed (glibc)
 # What a smaller block costs in a process, with the gaps that freed ones leave (benchmarks/plan.py): most of what a pass
@@ -63,12 +63,12 @@ class Meter(TorchDispatchMode):
 
 def churned() -> float:
     """What a small block costs in a pass without gradient on this machine."""
-    return CHURNED_BESIDE_KERNELS if keeps_kernels() else CHURNED
+    return CHURNED_BESIDE_KERNELS if prefers_onednn() else CHURNED
 
 
 def left() -> int:
     """Bytes of a process on this machine that are no tensor's."""
-    return LEFT + KERNELS * keeps_kernels()
+    return LEFT + KERNELS * prefers_onednn()
 
 
 def held(size: int, heap: float) -> int:
