@@ -38,7 +38,6 @@ class Setting:
     recipe: Callable[[], Recipe]
     steps: int  # of a full run
     skip: int = 2  # first steps that do not count: caches are cold
-    seeds: int = 3
     ends: bool = True  # whether EOS ends a response
     extra: dict[str, Any] = field(default_factory=dict)
 

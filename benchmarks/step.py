@@ -103,7 +103,7 @@ def measured(setting: Setting, options: argparse.Namespace) -> list[dict[str, Js
     setting.recipe()  # its models are made before anything is measured
     steps = options.steps or (setting.skip + 5 if options.quick else setting.steps)
     found = []
-    for seed in range(1 if options.quick else min(options.seeds, setting.seeds)):
+    for seed in range(1 if options.quick else options.seeds):
         runs = {who: spawn(who, setting, steps, seed, options.threads) for who in CONTENDERS}
         found.append({who: summary(run, setting.skip) for who, run in runs.items()})
         found[-1] |= {"before": runs["ours"]["before"], "steps": steps}
