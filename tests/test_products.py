@@ -77,7 +77,7 @@ WITH_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn,
 
 @pytest.fixture(params=["torch", "onednn", "some"])
 def preferred(request, monkeypatch) -> bool:
-    """Whether products of any size are oneDNN's; "some": those of any size with 5 to 64 rows that add to nothing."""
+    """Whether products of any size are oneDNN's; "some": those of any size with 5 to 64 rows."""
     if request.param != "torch" and not WITH_ONEDNN:
         pytest.skip("this torch has no oneDNN")
     for module in (products, lm_head):
@@ -87,7 +87,7 @@ def preferred(request, monkeypatch) -> bool:
         monkeypatch.setattr(products, "LEAST", 1)
     for name in ("WIDE_PRODUCT", "WIDE_OUTER", "WIDE_SUM", "WIDE_ROWS"):
         monkeypatch.setattr(products, name, 1)
-    return bool(request.param == "onednn")
+    return request.param == "onednn"
 
 
 def whole(*shape: int, seed: int = 0) -> torch.Tensor:

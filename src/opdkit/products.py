@@ -37,11 +37,11 @@ def linear(x: Float[Tensor, "n k"], weight: Float[Tensor, "v k"], bias: Tensor |
     """x weight^T + bias, differentiable in all three.
 
     Up to FEW rows on a processor of AMD are formed as weight x^T where the weight is large and the product not oneDNN's
-    (`wide`, `some`): MKL divides a product among threads by the rows of its result there. It reads a large weight once for
+    (`by_onednn`): MKL divides a product among threads by the rows of its result there. It reads a large weight once for
     each of 2 or 3 rows of x: there the turned product takes a third to a ninth of the time, for 8 rows two thirds (two
     threads). One row goes as two, because matrix x vector stays on one thread. On Intel's processors MKL is the faster one.
     """
-    if wide(x, weight.shape[0]) or some(x, weight.shape[0]):
+    if by_onednn(x, weight.shape[0]):
         if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
             found: Tensor = _Linear.apply(x, weight, bias)  # type: ignore[no-untyped-call]
             return found
@@ -61,15 +61,13 @@ def differs(dtype: torch.dtype) -> bool:
 
 def few(x: Float[Tensor, "n k"], weight: Float[Tensor, "v k"]) -> bool:
     """Whether `linear` turns the product round."""
-    outputs = weight.shape[0]
-    fits = TURNS and 0 < x.shape[0] <= FEW and weight.numel() >= LEAST
-    fits = fits and not wide(x, outputs) and not some(x, outputs)
+    fits = TURNS and 0 < x.shape[0] <= FEW and weight.numel() >= LEAST and not by_onednn(x, weight.shape[0])
     return fits and x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64)
 
 
 def times(a: Float[Tensor, "m k"], b: Float[Tensor, "k n"]) -> Float[Tensor, "m n"]:
     """a b, without a gradient."""
-    return _by_rows(a, b.T) if wide(a, b.shape[1]) or some(a, b.shape[1]) else a @ b
+    return _by_rows(a, b.T) if by_onednn(a, b.shape[1]) else a @ b
 
 
 def outer(a: Float[Tensor, "m n"], b: Float[Tensor, "m k"]) -> Float[Tensor, "n k"]:
@@ -90,7 +88,7 @@ def add_times(
     total: Float[Tensor, "m n"], a: Float[Tensor, "m k"], b: Float[Tensor, "k n"], fresh: bool = False
 ) -> None:
     """total += a b, in place, without a gradient; `fresh`: total = a b, whatever was there."""
-    if wide(a, b.shape[1], WIDE_SUM) or some(a, b.shape[1]):
+    if by_onednn(a, b.shape[1], WIDE_SUM):
         found = _by_rows(a, b.T)
         total.copy_(found) if fresh else total.add_(found)
     else:
@@ -106,6 +104,11 @@ def add_outer(total: Float[Tensor, "n k"], a: Float[Tensor, "m n"], b: Float[Ten
     for start in range(0, a.shape[1], columns):
         part = slice(start, start + columns)
         total[part] += outer(a[:, part], b)
+
+
+def by_onednn(a: Float[Tensor, "m k"], n: int, least: int | None = None) -> bool:
+    """Whether a product of `a` with n columns is oneDNN's, on whichever processor. (One that sums over many rows: `wide`.)"""
+    return wide(a, n, least) or some(a, n)
 
 
 def wide(a: Float[Tensor, "m k"], n: int, least: int | None = None) -> bool:
@@ -220,5 +223,5 @@ def _onednn_knows_better() -> bool:
 FAMILY = _family()
 TURNS = FAMILY is not None and torch.backends.mkl.is_available()
 _KNOWS = _onednn_knows_better()  # asked once, before anybody plans with tensors that hold no numbers
-NEGLECTED = _KNOWS and FAMILY is not None and FAMILY >= FULL_WIDTH
+NEGLECTED = _KNOWS and (FAMILY or 0) >= FULL_WIDTH
 SPLIT = _KNOWS and not NEGLECTED
